@@ -1,0 +1,1 @@
+"""The contract between agent, trainer and backend. Standard library and msgspec only."""
