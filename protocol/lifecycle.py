@@ -178,4 +178,6 @@ def cannot(state: JobState, want: Want) -> str | None:
         return None
     past = {_W.RUN: "resumed", _W.PAUSE: "paused", _W.STOP: "stopped", _W.CANCEL: "cancelled"}[want]
     sentence = f"The job is {state}; it cannot be {past}."
-    return sentence if state is _S.COMPLETED else f"{sentence} Retry it to go on from its last good checkpoint."
+    return (
+        sentence if state is _S.COMPLETED else f"{sentence} Retry it to go on from its last good checkpoint."
+    )

@@ -254,17 +254,7 @@ class ParametersSet(Event, frozen=True, array_like=True, tag=11):
 
 
 AnyEvent = (
-    Warm
-    | Preparing
-    | Ready
-    | Metrics
-    | Saved
-    | Trained
-    | Finished
-    | Left
-    | Failed
-    | Note
-    | ParametersSet
+    Warm | Preparing | Ready | Metrics | Saved | Trained | Finished | Left | Failed | Note | ParametersSet
 )
 
 
