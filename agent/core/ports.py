@@ -1,0 +1,147 @@
+"""What the doors (socket, local API, command line) ask of the agent; `app.py` wires it."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import msgspec
+
+from protocol.failures import Failure
+from protocol.lifecycle import JobState, Want
+from protocol.messages import CommandKind
+from protocol.worker import Parameters
+
+
+class JobView(msgspec.Struct, frozen=True, kw_only=True):
+    """A job as it is shown. Times in Unix seconds; ``values`` are the newest of each metric."""
+
+    job_id: str
+    name: str
+    state: JobState
+    want: Want
+    by: str
+    """Who caused the state: user, owner, agent, disk, ..."""
+    detail: str
+    phase: str
+    attempt: int
+    model_name: str
+    dataset_path: str
+    method: str
+    created_at: float
+    started_at: float | None = None
+    completed_at: float | None = None
+    queue_position: int | None = None
+    device: str = ""
+    step: int = 0
+    total_steps: int = 0
+    epoch: float = 0.0
+    total_epochs: float = 0.0
+    train_rows: int = 0
+    eval_rows: int = 0
+    batch_size: int = 0
+    gradient_accumulation_steps: int = 0
+    values: dict[str, float] = {}
+    trend: str = ""
+    facts: dict[str, str] = {}
+    resumed_from: str = ""
+    model_path: str = ""
+    merged_path: str = ""
+    weights_hash: str = ""
+    failure: Failure | None = None
+    notes: list[str] = []
+    results: dict[str, float] = {}
+    samples: list[dict[str, str | float]] = []
+
+
+class PointView(msgspec.Struct, frozen=True, kw_only=True):
+    """One point of the curve, of the newest attempt that reached its step."""
+
+    step: int
+    epoch: float
+    time: float
+    attempt: int
+    values: dict[str, float]
+    trend: str = ""
+
+
+class CheckpointView(msgspec.Struct, frozen=True, kw_only=True):
+    """A checkpoint on disk, in the platform's field names."""
+
+    path: str
+    epoch: float
+    step: int
+    eval_loss: float | None
+    train_loss: float | None
+    size_bytes: int
+    created_at: str
+    is_best: bool
+    is_latest: bool
+
+
+class LogPage(msgspec.Struct, frozen=True, kw_only=True):
+    """Lines of a job's log from line ``offset`` on."""
+
+    logs: list[str]
+    total_lines: int
+    offset: int
+    limit: int
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True):
+    """How the agent is. ``link``: connected, connecting, refused, or off where no backend is set."""
+
+    status: str
+    version: str
+    agent_id: str
+    link: str
+    link_detail: str
+    active_jobs: int
+    queued_jobs: int
+    gpu_available: bool
+    gpu_info: dict[str, Any]
+    backlog: list[int]
+    """Records not yet acknowledged, per lane."""
+    uptime_seconds: float
+    draining: bool
+
+
+class Desk(Protocol):
+    """The one meaning behind both doors. Raises UnknownJob, NotPossible and BadJob, with sentences."""
+
+    async def submit(
+        self,
+        config: Mapping[str, Any],
+        *,
+        job_id: str = "",
+        dataset_path: str = "",
+        name: str = "",
+        dataset_content: str | None = None,
+        by: str = "owner",
+    ) -> str:
+        """Take a job in the platform's TrainingConfig; return its id. The same id again changes nothing."""
+        ...
+
+    def job(self, job_id: str) -> JobView: ...
+
+    def jobs(self) -> list[JobView]: ...
+
+    async def want(self, job_id: str, want: Want, *, checkpoint: str = "", by: str = "owner") -> str:
+        """Write what is wanted of a job; return a sentence on what happens now. ``checkpoint``: "", "best" or a path."""
+        ...
+
+    async def retry(self, job_id: str, *, checkpoint: str = "", by: str = "owner") -> str: ...
+
+    async def move_to_front(self, job_id: str) -> int:
+        """Put a queued job first (a failed or cancelled one is queued again); return its queue position."""
+        ...
+
+    async def set_parameters(self, job_id: str, parameters: Parameters, *, by: str = "owner") -> str: ...
+
+    async def command(self, job_id: str, kind: CommandKind, *, by: str = "owner") -> str: ...
+
+    async def logs(self, job_id: str, limit: int, offset: int) -> LogPage: ...
+
+    async def points(self, job_id: str, after_step: int = -1, limit: int = 1000) -> list[PointView]: ...
+
+    async def checkpoints(self, job_id: str) -> list[CheckpointView]: ...
+
+    def health(self) -> Health: ...
