@@ -1,0 +1,142 @@
+"""A tiny model, its tokenizer and small data sets, built from configurations: nothing is downloaded."""
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}<|end|>{% endif %}\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+"""Marks the assistant's turns, so that the loss can be taken on them alone."""
+
+PLAIN_TEMPLATE = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+"""The same without the marks."""
+
+WORDS = "red green blue one two three cat dog bird sun moon star runs sleeps sings under over the a".split()
+
+
+def sentence(rng: random.Random, words: int) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(words))
+
+
+def chat_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Return rows in the messages format, of uneven length."""
+    rng = random.Random(seed)
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": sentence(rng, rng.randint(2, 6))},
+                {"role": "assistant", "content": sentence(rng, rng.randint(2, 12))},
+            ]
+        }
+        for _ in range(count)
+    ]
+
+
+def text_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    rng = random.Random(seed)
+    return [{"text": sentence(rng, rng.randint(4, 16))} for _ in range(count)]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def build_tokenizer(template: str | None = CHAT_TEMPLATE) -> Any:
+    """Return a byte-level tokenizer with some merges and the given chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    specials = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([sentence(random.Random(n), 12) for n in range(200)], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|pad|>", eos_token="<|end|>")
+    if template is not None:
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def build_model(folder: Path, vocabulary: int, **changes: Any) -> Path:
+    """Save a random two-layer Llama to ``folder``."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{
+            "vocab_size": vocabulary,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+            **changes,
+        }
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """Folder of a two-layer Llama with its tokenizer and a template that marks the assistant's turns."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    build_model(folder, len(tiny_tokenizer))
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 rows in the messages format."""
+    return write_jsonl(tmp_path_factory.mktemp("data") / "chat.jsonl", chat_rows(48))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 rows of plain text."""
+    return write_jsonl(tmp_path_factory.mktemp("data") / "text.jsonl", text_rows(48))
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Callable[[list[dict[str, Any]]], Path]:
+    """Writes rows to a file of this test's own."""
+
+    def write(rows: list[dict[str, Any]], name: str = "data.jsonl") -> Path:
+        return write_jsonl(tmp_path / name, rows)
+
+    return write
