@@ -181,7 +181,8 @@ class Journal:
         try:
             free = self._db.execute("PRAGMA freelist_count").fetchone()[0]
             if free > (0 if self.full else SHRINK_PAGES):
-                self._db.execute("PRAGMA incremental_vacuum(1024)").fetchall()
+                # execute() would stop after one page.
+                self._db.executescript("PRAGMA incremental_vacuum(1024)")
             # A deleted secret still stands in the write-ahead log; on a full disk its room is wanted.
             if self._scrub or self.full:
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
