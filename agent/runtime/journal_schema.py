@@ -102,9 +102,12 @@ def code_of(exc: sqlite3.Error) -> int:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    # SQLite gives its -wal file the permissions of the main one.
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    path.chmod(0o600)
+    # SQLite gives its -wal file the permissions of the main one. An existing file is not opened here:
+    # closing it again would take away the locks this process may have on it.
+    if path.exists():
+        path.chmod(0o600)
+    else:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         # Only before the first table does this have an effect; it lets a journal that was large shrink.

@@ -406,19 +406,25 @@ def test_every_acknowledged_write_survives_a_kill(path: Path, lines: int) -> Non
 
 
 def test_a_cut_log_leaves_a_clean_prefix(path: Path, tmp_path: Path) -> None:
-    killed_writer(path, 30)
-    wal = path.with_name("journal.sqlite-wal").read_bytes()
-    main = path.read_bytes()
-    previous: dict[int, int] = {}
-    for cut in range(0, len(wal), len(wal) // 12):
-        copy = tmp_path / f"cut-{cut}" / "journal.sqlite"
-        copy.parent.mkdir()
-        copy.write_bytes(main)
-        copy.with_name("journal.sqlite-wal").write_bytes(wal[:cut])
-        found = stored(copy)
-        assert all(found.get(lane, 0) >= seq for lane, seq in previous.items())
-        previous = found
-    assert previous
+    async def begin(journal: Journal) -> None:
+        await journal.write(lambda tx: tx.set_epoch(7))
+
+    async def fill(journal: Journal) -> None:
+        for _ in range(12):
+            await journal.write(lambda tx: tx.append("agent", 0, b"x" * 300))
+        wal = path.with_name("journal.sqlite-wal").read_bytes()
+        for number in range(16):
+            copy = tmp_path / f"cut-{number:02}" / "journal.sqlite"
+            copy.parent.mkdir()
+            copy.write_bytes(path.read_bytes())
+            copy.with_name("journal.sqlite-wal").write_bytes(wal[: len(wal) * number // 15])
+
+    with_journal(path, begin)
+    with_journal(path, fill)
+    lasts = [stored(folder / "journal.sqlite").get(0, 0) for folder in sorted(tmp_path.glob("cut-*"))]
+    assert lasts == sorted(lasts)
+    assert (lasts[0], lasts[-1]) == (0, 12)
+    assert len(set(lasts)) > 6
 
 
 FULL_DISK = """
