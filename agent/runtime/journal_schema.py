@@ -4,6 +4,8 @@ import os
 import sqlite3
 from pathlib import Path
 
+from agent.errors import AgentError, Exit
+
 BUSY_SECONDS = 1.0
 
 # One tuple of statements per schema version, applied in order and never edited once released.
@@ -37,48 +39,41 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 VERSION = len(MIGRATIONS)
 
 
-class JournalError(Exception):
+class JournalError(AgentError):
     """Base of what can be wrong with the journal."""
 
 
 class JournalInUse(JournalError):
     """Another process holds the journal."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.path = path
+    exit_code = Exit.ALREADY_RUNNING
 
-    def __str__(self) -> str:
-        return (
-            f"{self.path} is in use by another training agent. "
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{path} is in use by another training agent. "
             "Stop that one first, or give this one a folder of its own with AGENT_HOME."
         )
+        self.path = path
 
 
 class JournalTooNew(JournalError):
     """The journal was written by a later version of this program."""
 
     def __init__(self, path: Path, found: int) -> None:
-        super().__init__(path, found)
-        self.path = path
-        self.found = found
-
-    def __str__(self) -> str:
-        return (
-            f"{self.path} has schema version {self.found} and this version of the agent knows up to "
+        super().__init__(
+            f"{path} has schema version {found} and this version of the agent knows up to "
             f"{VERSION}. Install the newer agent again, or move the file away to start without its jobs."
         )
+        self.path = path
+        self.found = found
 
 
 class JournalFull(JournalError):
     """The disk under the journal is full; what was to be written was not."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
+        super().__init__(f"no space left on the disk of {path}. Free some; nothing stored so far is lost.")
         self.path = path
-
-    def __str__(self) -> str:
-        return f"no space left on the disk of {self.path}. Free some; nothing stored so far is lost."
 
 
 def connect(path: Path) -> tuple[sqlite3.Connection, Path | None]:

@@ -405,6 +405,16 @@ def test_every_acknowledged_write_survives_a_kill(path: Path, lines: int) -> Non
         assert seq <= found[lane] <= seq + 1
 
 
+def cut_copies(path: Path, folder: Path) -> None:
+    """Copy a journal in use 16 times, each with a longer part of its log."""
+    wal = path.with_name("journal.sqlite-wal").read_bytes()
+    for number in range(16):
+        copy = folder / f"cut-{number:02}" / "journal.sqlite"
+        copy.parent.mkdir()
+        copy.write_bytes(path.read_bytes())
+        copy.with_name("journal.sqlite-wal").write_bytes(wal[: len(wal) * number // 15])
+
+
 def test_a_cut_log_leaves_a_clean_prefix(path: Path, tmp_path: Path) -> None:
     async def begin(journal: Journal) -> None:
         await journal.write(lambda tx: tx.set_epoch(7))
@@ -412,12 +422,7 @@ def test_a_cut_log_leaves_a_clean_prefix(path: Path, tmp_path: Path) -> None:
     async def fill(journal: Journal) -> None:
         for _ in range(12):
             await journal.write(lambda tx: tx.append("agent", 0, b"x" * 300))
-        wal = path.with_name("journal.sqlite-wal").read_bytes()
-        for number in range(16):
-            copy = tmp_path / f"cut-{number:02}" / "journal.sqlite"
-            copy.parent.mkdir()
-            copy.write_bytes(path.read_bytes())
-            copy.with_name("journal.sqlite-wal").write_bytes(wal[: len(wal) * number // 15])
+        cut_copies(path, tmp_path)
 
     with_journal(path, begin)
     with_journal(path, fill)
