@@ -7,7 +7,8 @@ import msgspec
 
 from protocol.failures import Failure
 from protocol.lifecycle import JobState, Want
-from protocol.messages import CommandKind
+from protocol.messages import Command, CommandKind, Desired, Hello
+from protocol.session import Key
 from protocol.worker import Parameters
 
 
@@ -145,3 +146,33 @@ class Desk(Protocol):
     async def checkpoints(self, job_id: str) -> list[CheckpointView]: ...
 
     def health(self) -> Health: ...
+
+
+class Uplink(Protocol):
+    """What the link asks of the agent: its records, and what to do with what the backend says."""
+
+    async def hello(self) -> Hello:
+        """Return the first frame of a new connection; counts a dial."""
+        ...
+
+    async def read(self, key: Key, after: int, max_bytes: int) -> list[tuple[int, bytes | None]]:
+        """Return (number, body) of stored records in order; a body of None cannot be read any more."""
+        ...
+
+    def heads(self) -> Mapping[Key, int]:
+        """Return the last number of every stream that has something to send."""
+        ...
+
+    def backlog(self) -> list[int]:
+        """Return how many records of each lane are not acknowledged."""
+        ...
+
+    async def acked(self, key: Key, seq: int) -> None: ...
+
+    async def dropped(self, key: Key, reason: str) -> None: ...
+
+    async def welcomed(self) -> None: ...
+
+    async def desired(self, message: Desired) -> None: ...
+
+    async def commanded(self, message: Command) -> None: ...

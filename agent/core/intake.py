@@ -1,0 +1,190 @@
+"""What a trainer says, and what its end means, to the job."""
+
+from typing import assert_never
+
+import msgspec
+
+from agent.core.effects import Effect, Report
+from agent.core.job import Job, lost, react, report
+from protocol.failures import Failure
+from protocol.lifecycle import TERMINAL, JobState, Trigger
+from protocol.messages import (
+    AnyRecord,
+    Checkpoint,
+    JobFacts,
+    Lane,
+    Notice,
+    ParametersApplied,
+    Result,
+)
+from protocol.worker import (
+    AnyEvent,
+    Failed,
+    Finished,
+    Left,
+    Metrics,
+    Note,
+    Numbered,
+    ParametersSet,
+    Preparing,
+    Ready,
+    Saved,
+    Trained,
+    Warm,
+)
+
+NOTES_KEPT = 50
+
+
+def hear(job: Job, numbered: Numbered, *, now: float) -> tuple[Job, list[Effect]] | None:
+    """Return the job after an event of its trainer, or None for one that is old news.
+
+    Old: of an earlier attempt, or already committed. A trainer repeats what it has no answer to.
+    """
+    if numbered.attempt != job.attempt or numbered.number <= job.heard:
+        return None
+    job = msgspec.structs.replace(job, heard=numbered.number)
+    return _heard(job, numbered.event, now)
+
+
+def _control(job: Job, record: AnyRecord) -> Report:
+    return Report(job.job_id, Lane.CONTROL, record)
+
+
+def _heard(job: Job, event: AnyEvent, now: float) -> tuple[Job, list[Effect]]:
+    match event:
+        case Metrics():
+            # The point itself is made where its schema is known to be sent or not.
+            values = {**job.values, **event.values}
+            return msgspec.structs.replace(
+                job, step=event.step, epoch=event.epoch, values=values, trend=event.trend or job.trend
+            ), []
+        case Preparing():
+            if job.state is not JobState.PREPARING:
+                return job, []
+            job = msgspec.structs.replace(job, phase=event.phase, detail=event.detail)
+            return job, [report(job, now)]
+        case Ready():
+            return _ready(job, event, now)
+        case Saved():
+            job = msgspec.structs.replace(job, saved_step=event.step, losses=0)
+            name = event.path.replace("\\", "/").rstrip("/").rpartition("/")[2]
+            record = Checkpoint(
+                now,
+                job.attempt,
+                name,
+                event.step,
+                event.epoch,
+                event.size,
+                event.seconds,
+                event.reason,
+                event.eval_loss,
+                event.train_loss,
+                event.is_best,
+            )
+            return job, [_control(job, record)]
+        case Trained():
+            job = msgspec.structs.replace(job, step=event.step)
+            return react(job, Trigger.TRAINED, now=now, detail=event.why)
+        case Finished():
+            return _finished(job, event, now)
+        case Failed(failure=failure):
+            return react(job, Trigger.FAULT, now=now, by="agent", failure=failure)
+        case Note(level=level, text=text):
+            kept = [*job.notes, text][-NOTES_KEPT:]
+            kind = "warning" if level == "warning" else "info"
+            return msgspec.structs.replace(job, notes=kept), [
+                _control(job, Notice(now, "warning" if kind == "warning" else "info", text, job.attempt))
+            ]
+        case ParametersSet(step=at, parameters=parameters, refused=refused):
+            job = msgspec.structs.replace(
+                job,
+                batch_size=parameters.batch_size or job.batch_size,
+                gradient_accumulation_steps=parameters.gradient_accumulation_steps
+                or job.gradient_accumulation_steps,
+            )
+            return job, [_control(job, ParametersApplied(now, job.attempt, at, parameters, refused))]
+        case Left() | Warm():
+            # What leaving means is known when the process is gone.
+            return job, []
+        case _:
+            assert_never(event)
+
+
+def _ready(job: Job, event: Ready, now: float) -> tuple[Job, list[Effect]]:
+    job = msgspec.structs.replace(
+        job,
+        step=event.start_step,
+        saved_step=event.start_step,
+        total_steps=event.total_steps,
+        total_epochs=event.total_epochs,
+        train_rows=event.train_rows,
+        eval_rows=event.eval_rows,
+        batch_size=event.batch_size,
+        gradient_accumulation_steps=event.gradient_accumulation_steps,
+        facts=event.facts,
+        resumed_from=event.resumed_from,
+        checkpoint="",
+    )
+    facts = JobFacts(
+        now,
+        job.attempt,
+        event.total_steps,
+        event.total_epochs,
+        event.start_step,
+        event.train_rows,
+        event.eval_rows,
+        event.batch_size,
+        event.gradient_accumulation_steps,
+        job.values.get("learning_rate", 0.0),
+        event.device,
+        event.resumed_from,
+        event.trainable_parameters,
+        event.all_parameters,
+        event.facts,
+    )
+    job, effects = react(job, Trigger.WORKER_READY, now=now)
+    return job, [_control(job, facts), *effects]
+
+
+def _finished(job: Job, event: Finished, now: float) -> tuple[Job, list[Effect]]:
+    job = msgspec.structs.replace(
+        job,
+        model_path=event.model_path,
+        merged_path=event.merged_path,
+        weights_hash=event.weights_hash,
+        results=event.values,
+        samples=event.samples,
+        step=event.step,
+    )
+    result = Result(
+        now,
+        job.attempt,
+        event.model_path,
+        event.merged_path,
+        event.weights_hash,
+        event.step,
+        dict(event.values),
+        list(event.samples),
+    )
+    job, effects = react(job, Trigger.FINISHED, now=now)
+    return job, [_control(job, result), *effects]
+
+
+def gone(
+    job: Job, attempt: int, *, left: str, why: str, now: float, failure: Failure | None = None
+) -> tuple[Job, list[Effect]]:
+    """Return the job after its process has ended, all its events heard and its memory free.
+
+    ``left`` is what the process said it left for, "" where it said nothing; ``why`` describes its
+    end; ``failure`` is set when it had to be ended for what it did.
+    """
+    if attempt != job.attempt or job.state in TERMINAL:
+        return job, []
+    if job.state is JobState.CANCELLING:
+        return react(job, Trigger.RELEASED, now=now)
+    if failure is not None:
+        return react(job, Trigger.FAULT, now=now, by="agent", failure=failure)
+    if left == "paused" and job.state is JobState.PAUSING:
+        return react(job, Trigger.RELEASED, now=now, detail=job.detail)
+    return lost(job, now=now, why=why, counts=left != "parent_lost")

@@ -1,0 +1,99 @@
+"""When to try again, and after how long."""
+
+import random
+import ssl
+from collections.abc import Iterator
+
+import httpx
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+
+from agent.errors import (
+    IdentityTaken,
+    KeyRefused,
+    NotOurBackend,
+    Refused,
+    VersionRefused,
+)
+from protocol.messages import Close
+
+RETRY_STATUS = frozenset({408, 425, 429})
+"""4xx answers that a later dial may not meet; every 5xx is another."""
+TLS_RETRY = 300.0
+"""Seconds between dials while the certificate does not verify: the user must act, a clock may heal."""
+
+
+def can_retry(error: BaseException) -> bool:
+    """Tell whether dialling again with the same settings could work."""
+    if isinstance(error, Refused):
+        return False
+    if isinstance(error, InvalidStatus):
+        status = error.response.status_code
+        return status >= 500 or status in RETRY_STATUS
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code >= 500 or error.response.status_code in RETRY_STATUS
+    # A handshake that does not parse was written by a proxy on the way.
+    return isinstance(
+        error, OSError | EOFError | TimeoutError | InvalidHandshake | ConnectionClosed | httpx.TransportError
+    )
+
+
+def refusal(error: BaseException, url: str) -> Refused | None:
+    """Return the named error for an answer that dialling again cannot cure, else None."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, InvalidStatus):
+        return _by_status(error, url)
+    if isinstance(error, ConnectionClosed) and error.rcvd is not None:
+        return closed_for_good(error.rcvd.code, error.rcvd.reason, url)
+    return None
+
+
+def _by_status(error: InvalidStatus, url: str) -> Refused | None:
+    status = error.response.status_code
+    if status in (401, 403):
+        return KeyRefused(
+            f"{url} refused the API key (HTTP {status}). Make a key with the scope `training` on the platform's page "
+            "and set it as API_KEY."
+        )
+    if 300 <= status < 400:
+        return NotOurBackend(
+            f"{url} answers with a redirect (HTTP {status}) to {error.response.headers.get('Location', 'elsewhere')}; "
+            "a key is not sent there. Set BACKEND_URL to the final address."
+        )
+    if status < 500 and status not in RETRY_STATUS:
+        return NotOurBackend(
+            f"{url} has no socket for training agents (HTTP {status}). Check BACKEND_URL: it must be the address of a "
+            "FineTune Lab backend or of `training-agent hub`."
+        )
+    return None
+
+
+def closed_for_good(code: int, reason: str, url: str) -> Refused | None:
+    """Return the named error for a close code that forbids another dial, else None."""
+    if code < 4500 or code > 4999:
+        return None
+    said = reason or "no reason given"
+    if code in (Close.AUTH, Close.DISABLED, Close.UNKNOWN_AGENT):
+        return KeyRefused(
+            f"{url} refused this agent: {said}. Check API_KEY and AGENT_ID on the platform's page."
+        )
+    if code == Close.OTHER_INSTALL:
+        return IdentityTaken(
+            f"{url}: another install uses this agent's id ({said}). Give this machine an AGENT_ID of its own."
+        )
+    if code == Close.VERSION:
+        return VersionRefused(f"{url} does not speak this agent's protocol ({said}). Update the agent.")
+    return Refused(f"{url} ended the connection for good (code {code}): {said}.")
+
+
+def backoff(first: float = 0.5, cap: float = 60.0) -> Iterator[float]:
+    """Yield waits in seconds, uniform over a doubling window, so that agents do not return together."""
+    window = first
+    while True:
+        yield random.uniform(0, window)  # noqa: S311  # spreads load, keeps no secret
+        window = min(2 * window, cap)
+
+
+def certificate_fault(error: BaseException) -> bool:
+    """Tell whether the server's certificate does not verify: the user must know at once."""
+    return isinstance(error, ssl.SSLCertVerificationError)

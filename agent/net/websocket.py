@@ -1,0 +1,283 @@
+"""Dial, carry a session's frames in and out, dial again."""
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import anyio
+from loguru import logger
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
+from websockets.typing import Subprotocol
+
+from agent.core.ports import Uplink
+from agent.errors import NotOurBackend, Refused
+from agent.net.retry import (
+    TLS_RETRY,
+    backoff,
+    can_retry,
+    certificate_fault,
+    closed_for_good,
+    refusal,
+)
+from protocol.codec import BadMessage, Codec
+from protocol.messages import (
+    CONNECT_PATH,
+    MAX_FRAME,
+    SUBPROTOCOLS,
+    Close,
+    Command,
+    Desired,
+    Goaway,
+)
+from protocol.rest import HEADER_AGENT
+from protocol.session import Acked, AgentSession, Closing, Dropped, Welcomed
+
+OPEN_WITHIN = 10.0
+"""Seconds for TCP, TLS and the upgrade together."""
+SEND_WITHIN = 30.0
+"""Seconds that one frame may wait for a full write buffer."""
+HEALTHY = 60.0
+"""Seconds a session must have lived before the next dial's wait starts small again."""
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+def socket_url(backend_url: str) -> str:
+    """Return the address to dial: https becomes wss."""
+    parts = urlsplit(backend_url)
+    scheme = {"https": "wss", "http": "ws"}[parts.scheme]
+    return f"{scheme}://{parts.netloc}{parts.path.rstrip('/')}{CONNECT_PATH}"
+
+
+def _stay(exc: Exception) -> Exception | str:
+    return exc
+
+
+class Link:
+    """The agent's one connection to its backend. ``state``: connecting, connected, refused."""
+
+    def __init__(
+        self,
+        uplink: Uplink,
+        *,
+        backend_url: str,
+        key: Callable[[], str],
+        agent_id: str,
+        heartbeat: float,
+        on_state: Callable[[str, str], None],
+        user_agent: str,
+        subprotocols: tuple[str, ...] = SUBPROTOCOLS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._uplink = uplink
+        self.url = socket_url(backend_url)
+        self._key = key
+        self._agent_id = agent_id
+        self._heartbeat = heartbeat
+        self._on_state = on_state
+        self._user_agent = user_agent
+        self._subprotocols = [Subprotocol(name) for name in subprotocols]
+        self._clock = clock
+        self._wake = anyio.Event()
+        self._session: AgentSession | None = None
+        self._retry_after = 0.0
+        self.dials = 0
+
+    def __repr__(self) -> str:
+        return f"<Link {self.url} {self._session!r}, {self.dials} dials>"
+
+    def wake(self) -> None:
+        """Something was appended: look for it now."""
+        self._wake.set()
+
+    def bye(self, reason: str, until: float = 0.0) -> None:
+        """Explain a planned silence on the open connection, if there is one."""
+        if self._session is not None:
+            self._session.bye(reason, until)
+            self.wake()
+
+    async def run(self) -> None:
+        """Dial for ever. Raises Refused when dialling again cannot help."""
+        waits = backoff()
+        while True:
+            began = self._clock()
+            self._on_state("connecting", f"dialling {self.url}")
+            try:
+                closing = await self._one_connection()
+                if (final := closed_for_good(closing.code, closing.reason, self.url)) is not None:
+                    raise final
+                why = closing.reason or f"closed with code {closing.code}"
+                least = 0.0
+            except Exception as error:  # noqa: BLE001
+                # The connection's edge: every failure of a dial or a session ends here, and is judged once.
+                refused = refusal(error, self.url)
+                if refused is not None:
+                    self._on_state("refused", str(refused))
+                    raise refused from None
+                if not can_retry(error):
+                    # A defect of ours must not cut a running job off from its backend for good.
+                    logger.exception("the link broke in a way that no network explains")
+                why = str(error) or type(error).__name__
+                least = TLS_RETRY if certificate_fault(error) else 0.0
+                if certificate_fault(error):
+                    logger.error("the certificate of {} does not verify: {}", self.url, why)
+            if self._clock() - began >= HEALTHY:
+                waits = backoff()
+            wait = max(next(waits), least, self._retry_after)
+            self._retry_after = 0.0
+            logger.info("link down: {}; dialling again in {:.1f} s", why, wait)
+            self._on_state("connecting", f"{why}; dialling again in {wait:.0f} s")
+            await anyio.sleep(wait)
+
+    @asynccontextmanager
+    async def _dialled(self) -> AsyncIterator[ClientConnection]:
+        self.dials += 1
+        options: dict[str, Any] = {}
+        if urlsplit(self.url).hostname in LOOPBACK:
+            options["proxy"] = None
+        dial = connect(
+            self.url,
+            subprotocols=self._subprotocols,
+            additional_headers={"Authorization": f"Bearer {self._key()}", HEADER_AGENT: self._agent_id},
+            user_agent_header=self._user_agent,
+            compression=None,
+            open_timeout=OPEN_WITHIN,
+            # The session's own heartbeat does this, and works when the write buffer is full.
+            ping_interval=None,
+            close_timeout=1,
+            max_size=MAX_FRAME,
+            **options,
+        )
+        # Following a redirect would drop the key or give it to another origin.
+        dial.process_redirect = _stay  # type: ignore[method-assign]
+        with anyio.fail_after(OPEN_WITHIN + 2):
+            socket = await dial
+        try:
+            yield socket
+        finally:
+            # A closing handshake on a dead link never ends; the abort after it always does.
+            with anyio.move_on_after(1, shield=True):
+                await socket.close()
+            socket.transport.abort()
+
+    async def _one_connection(self) -> Closing:
+        async with self._dialled() as socket:
+            if socket.subprotocol not in self._subprotocols:
+                raise NotOurBackend(
+                    f"{self.url} accepted a WebSocket but speaks none of {', '.join(SUBPROTOCOLS)}. Check BACKEND_URL."
+                )
+            codec = Codec(socket.subprotocol)
+            session = AgentSession(await self._uplink.hello(), self._clock(), self._heartbeat)
+            self._session = session
+            try:
+                return await self._converse(socket, codec, session)
+            finally:
+                self._session = None
+
+    async def _converse(self, socket: ClientConnection, codec: Codec, session: AgentSession) -> Closing:
+        ended: list[Closing] = []
+        async with anyio.create_task_group() as group:
+
+            async def guarded(
+                part: Callable[[ClientConnection, Codec, AgentSession], Awaitable[None]],
+            ) -> None:
+                try:
+                    await part(socket, codec, session)
+                except ConnectionClosed as closed:
+                    frame = closed.rcvd
+                    ended.append(
+                        Closing(frame.code, frame.reason)
+                        if frame
+                        else Closing(1006, "the connection was lost")
+                    )
+                except TimeoutError:
+                    ended.append(Closing(1006, "a frame could not be sent in time"))
+                group.cancel_scope.cancel()
+
+            group.start_soon(guarded, self._read)
+            group.start_soon(guarded, self._write)
+        if ended:
+            return ended[0]
+        return session.closing or Closing(1006, "the connection was lost")
+
+    async def _read(self, socket: ClientConnection, codec: Codec, session: AgentSession) -> None:
+        while session.closing is None:
+            frame = await socket.recv()
+            try:
+                message = codec.decode_hub(frame)
+            except BadMessage as error:
+                logger.warning("the backend sent a frame that cannot be read: {}", error)
+                await socket.close(Close.MALFORMED, str(error)[:120])
+                return
+            for news in session.receive(message, self._clock()):
+                match news:
+                    case Welcomed():
+                        logger.info("connected to {} as session {}", self.url, news.session_id)
+                        self._on_state("connected", self.url)
+                        await self._uplink.welcomed()
+                    case Acked(key=key, seq=seq):
+                        await self._uplink.acked(key, seq)
+                    case Dropped(key=key, reason=reason):
+                        logger.warning(
+                            "the backend takes no more of {}: {}", key.scope or "the agent", reason
+                        )
+                        await self._uplink.dropped(key, reason)
+                    case Desired():
+                        await self._uplink.desired(news)
+                    case Command():
+                        await self._uplink.commanded(news)
+                    case Goaway(retry_after_s=after):
+                        self._retry_after = after
+            self.wake()
+
+    async def _write(self, socket: ClientConnection, codec: Codec, session: AgentSession) -> None:
+        while True:
+            for key, last in self._uplink.heads().items():
+                session.appended(key, last)
+            while (wish := session.next_read()) is not None:
+                key, after, size = wish
+                rows = await self._uplink.read(key, after, size)
+                if not rows:
+                    break
+                self._queue(session, key, rows)
+                await self._flush(socket, codec, session)
+            due = session.tick(self._clock(), self._uplink.backlog())
+            await self._flush(socket, codec, session)
+            if session.closing is not None:
+                return
+            self._wake = anyio.Event()
+            if session.next_read() is not None or self._behind(session):
+                continue
+            with anyio.move_on_after(max(0.01, due - self._clock())):
+                await self._wake.wait()
+
+    def _behind(self, session: AgentSession) -> bool:
+        """Tell whether something was appended between the last look and the new event."""
+        for key, last in self._uplink.heads().items():
+            session.appended(key, last)
+        return session.next_read() is not None
+
+    def _queue(self, session: AgentSession, key: Any, rows: list[tuple[int, bytes | None]]) -> None:
+        run: list[bytes] = []
+        first = rows[0][0]
+        for seq, body in rows:
+            if body is not None:
+                if not run:
+                    first = seq
+                run.append(body)
+                continue
+            session.send(key, first, run)
+            run = []
+            session.bury(key, seq, seq, "corrupt")
+        session.send(key, first, run)
+
+    async def _flush(self, socket: ClientConnection, codec: Codec, session: AgentSession) -> None:
+        for message in session.outgoing(self._clock()):
+            data = codec.encode(message)
+            with anyio.fail_after(SEND_WITHIN):
+                await socket.send(data.decode() if codec.as_json else data)
+
+
+__all__ = ["Link", "Refused", "socket_url"]
