@@ -100,10 +100,6 @@ def child_env(
     env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     env["TMPDIR"] = workspace
     env["PYTHONUNBUFFERED"] = "1"
-    # Workers of a data loader are forked after the tokenizer was used, which makes it warn at every fork.
-    env.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Several small jobs on one device leave less of it in unusable pieces.
-    env.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if threads is not None:
         env["OMP_NUM_THREADS"] = str(threads)
     return env

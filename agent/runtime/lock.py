@@ -5,27 +5,13 @@ import os
 from pathlib import Path
 from types import TracebackType
 
-
-class HomeInUse(Exception):
-    """Another agent runs on this home."""
-
-    def __init__(self, path: Path, pid: str) -> None:
-        super().__init__(path, pid)
-        self.path = path
-        self.pid = pid
-
-    def __str__(self) -> str:
-        who = f"process {self.pid}" if self.pid else "another process"
-        return (
-            f"An agent runs on {self.path.parent} already ({who}). "
-            "Stop it first, or give this one a home of its own with AGENT_HOME."
-        )
+from agent.errors import AlreadyRunning
 
 
 class HomeLock:
     """Holds ``home/agent.lock`` from entry to exit; the kernel lets go of it however the process ends.
 
-    Raises HomeInUse on entry when it is taken.
+    Raises AlreadyRunning on entry when it is taken.
     """
 
     def __init__(self, home: Path) -> None:
@@ -41,7 +27,10 @@ class HomeLock:
         except BlockingIOError:
             holder = os.read(fd, 32).decode("ascii", "replace").strip()
             os.close(fd)
-            raise HomeInUse(self.path, holder) from None
+            raise AlreadyRunning(
+                f"An agent runs on {self.path.parent} already ({f'process {holder}' if holder else 'who, it does not say'}). "
+                "Stop it first, or give this one a home of its own with AGENT_HOME."
+            ) from None
         os.ftruncate(fd, 0)
         os.write(fd, f"{os.getpid()}\n".encode())
         self._fd = fd

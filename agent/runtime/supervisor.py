@@ -1,0 +1,354 @@
+"""Starts, asks, stops and buries trainers, and says what became of them as facts."""
+
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+import msgspec
+from anyio.streams.memory import MemoryObjectSendStream
+
+from agent.runtime.boot import Plan
+from agent.runtime.process import Child, Identity
+from protocol.worker import (
+    AnyOrder,
+    Cancel,
+    Committed,
+    Failed,
+    Finished,
+    Left,
+    Numbered,
+    Start,
+    Warm,
+    encoder,
+    event_decoder,
+)
+
+LOG_TAIL = 8192
+TAIL_LINES = 20
+MAX_COPIED_LOG = 1 << 24
+"""Bytes of an older log that are copied for the sake of a warm trainer; beyond, a cold one is quicker."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A trainer said something. To be journalled, and then answered with `Committed`."""
+
+    job_id: str
+    attempt: int
+    numbered: Numbered
+    raw: bytes
+
+
+@dataclass(frozen=True)
+class Exited:
+    """A trainer and its whole process tree are gone. Everything it said was heard before this."""
+
+    job_id: str
+    attempt: int
+    exit_code: int | None
+    """None: a signal ended it, or it could not be ended at all."""
+    signal: int | None
+    left: str
+    """The `why` of its `Left`; empty when it said none."""
+    released: bool
+    """Proved: the tree is gone and its memory has left the device."""
+    log_tail: list[str]
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Misbehaved:
+    """A trainer sent what no trainer of ours sends, and is being ended for it; `Exited` follows."""
+
+    job_id: str
+    attempt: int
+    sentence: str
+
+
+Fact = Heard | Exited | Misbehaved
+Released = Callable[[frozenset[int]], Awaitable[bool]]
+"""Given the pids of a tree that is gone: whether none of them holds memory of a device any more."""
+
+
+@dataclass
+class _Worker:
+    """A child and what is known of it. ``job_id`` is empty while it is a warm one."""
+
+    child: Child
+    env: dict[str, str]
+    log: Path
+    job_id: str = ""
+    attempt: int = 0
+    heard: int = 0
+    """The number of the last event."""
+    last_word: Left | Failed | Finished | None = None
+    blamed: str = ""
+
+
+class Supervisor:
+    """Owns every trainer of this agent. ``run`` must be running for anything else to be called."""
+
+    def __init__(
+        self,
+        *,
+        facts: MemoryObjectSendStream[Fact],
+        module: str = "agent.trainer.entry",
+        nice: int = 0,
+        term_grace: float = 5.0,
+        kill_limit: float = 30.0,
+        leave_limit: float = 60.0,
+        gpu_released: Released | None = None,
+    ) -> None:
+        self._facts = facts
+        self._module = module
+        self._nice = nice
+        self._term_grace = term_grace
+        self._kill_limit = kill_limit
+        self._leave_limit = leave_limit
+        self._gpu_released = gpu_released
+        self._tasks: anyio.abc.TaskGroup | None = None
+        self._jobs: dict[str, _Worker] = {}
+        self._all: list[_Worker] = []
+        self._warm: _Worker | None = None
+
+    def __repr__(self) -> str:
+        return f"Supervisor({ {job: worker.child for job, worker in self._jobs.items()} }, warm={self._warm})"
+
+    async def run(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Tend the children until cancelled, which kills them all without asking."""
+        try:
+            async with anyio.create_task_group() as tasks:
+                self._tasks = tasks
+                task_status.started()
+                await anyio.sleep_forever()
+        finally:
+            self._tasks = None
+            with anyio.CancelScope(shield=True):
+                for worker in self._all:
+                    worker.child.kill()
+                for worker in self._all:
+                    await worker.child.bury(self._kill_limit)
+            self._all.clear()
+            self._jobs.clear()
+            self._warm = None
+
+    async def start(self, job_id: str, order: Start, *, env: dict[str, str], log: Path) -> Identity:
+        """Start a job's attempt, in the warm trainer if there is one of the same environment.
+
+        Raises OSError when its log cannot be written or no process can be made.
+        """
+        if job_id in self._jobs:
+            raise RuntimeError(f"job {job_id} has a trainer already")
+        worker = await self._take_warm(env, log) or self._spawn(env, log)
+        worker.job_id, worker.attempt, worker.heard = job_id, order.attempt, order.first_event - 1
+        self._jobs[job_id] = worker
+        worker.child.send(encoder.encode(order))
+        return worker.child.identity
+
+    def ask(self, job_id: str, order: AnyOrder) -> None:
+        """Send an order to a job's trainer; never waits. Nothing happens when it has none."""
+        worker = self._jobs.get(job_id)
+        if worker is not None:
+            worker.child.send(encoder.encode(order), replaces=isinstance(order, Committed))
+
+    async def end(self, job_id: str, *, grace: float) -> None:
+        """See a job's trainer out: `Cancel`, ``grace`` seconds, SIGTERM, SIGKILL. Returns at once.
+
+        An `Exited` tells the end. May be repeated with less grace; 0 asks no more.
+        """
+        worker = self._jobs.get(job_id)
+        if worker is not None:
+            self._running().start_soon(worker.child.end, encoder.encode(Cancel()), grace)
+
+    async def keep_warm(self, env: dict[str, str], log: Path) -> None:
+        """Have a trainer stand by with its imports done; one of another environment is replaced."""
+        if self._warm is not None:
+            if _same(self._warm.env, env):
+                return
+            self._running().start_soon(self._warm.child.end, None, 0.0)
+        self._warm = self._spawn(env, log)
+
+    async def kill_all(self) -> None:
+        """SIGKILL every trainer and wait until all trees are gone; each ends in an `Exited` as ever."""
+        workers = list(self._all)
+        for worker in workers:
+            worker.child.kill()
+        for worker in workers:
+            await worker.child.end(None, 0.0)
+
+    def alive(self) -> dict[str, Identity]:
+        """Return the jobs that have a trainer now, for the journal and the local API."""
+        return {job_id: worker.child.identity for job_id, worker in self._jobs.items()}
+
+    def _running(self) -> anyio.abc.TaskGroup:
+        if self._tasks is None:
+            raise RuntimeError("Supervisor.run() is not running")
+        return self._tasks
+
+    def _spawn(self, env: dict[str, str], log: Path) -> _Worker:
+        tasks = self._running()
+        plan = Plan(self._module, str(log), env, self._nice)
+        worker = _Worker(Child(plan, term_grace=self._term_grace, kill_limit=self._kill_limit), env, log)
+        worker.child.start()
+        self._all.append(worker)
+        tasks.start_soon(self._tend, worker)
+        return worker
+
+    async def _take_warm(self, env: dict[str, str], log: Path) -> _Worker | None:
+        worker = self._warm
+        if worker is None or not _same(worker.env, env) or worker.child.exited.is_set():
+            return None
+        self._warm = None
+        if not await anyio.to_thread.run_sync(_adopt_log, worker.log, log):
+            self._running().start_soon(worker.child.end, None, 0.0)
+            return None
+        if worker not in self._all:  # it ended meanwhile
+            return None
+        worker.log = log
+        return worker
+
+    async def _tend(self, worker: _Worker) -> None:
+        """Hear a child out, from its first word to its burial."""
+
+        async def hear(raw: bytes) -> None:
+            await self._hear(worker, raw)
+
+        async def blame(sentence: str) -> None:
+            await self._blame(worker, sentence)
+
+        await worker.child.run(hear, blame)
+        released = not worker.child.survivors
+        if released and self._gpu_released is not None:
+            tree = worker.child.known | {worker.child.identity}
+            released = await self._gpu_released(frozenset(identity.pid for identity in tree))
+        tail = await anyio.to_thread.run_sync(_log_tail, worker.log)
+        self._all.remove(worker)
+        if self._warm is worker:
+            self._warm = None
+        if not worker.job_id:
+            return
+        del self._jobs[worker.job_id]
+        code = worker.child.exit_code
+        await self._facts.send(
+            Exited(
+                worker.job_id,
+                worker.attempt,
+                exit_code=code if code is not None and code >= 0 else None,
+                signal=-code if code is not None and code < 0 else None,
+                left=worker.last_word.why if isinstance(worker.last_word, Left) else "",
+                released=released,
+                log_tail=tail,
+                sentence=_sentence(worker, code, released),
+            )
+        )
+
+    async def _hear(self, worker: _Worker, raw: bytes) -> None:
+        try:
+            numbered = event_decoder.decode(raw)
+        except (msgspec.DecodeError, RecursionError) as error:  # RecursionError: arrays in arrays, very deep
+            await self._end_for(worker, f"The trainer sent {len(raw)} bytes that are no event: {error}.")
+            return
+        event = numbered.event
+        if numbered.attempt == 0 and numbered.number == 0:
+            # It belongs to no job: the process is there, and that is all.
+            if not isinstance(event, Warm):
+                await self._end_for(worker, f"The trainer said {type(event).__name__} before its job began.")
+            return
+        if (numbered.attempt, numbered.number) != (worker.attempt, worker.heard + 1) or not worker.job_id:
+            await self._end_for(
+                worker,
+                f"The trainer said event {numbered.number} of attempt {numbered.attempt} where event "
+                f"{worker.heard + 1} of attempt {worker.attempt} was due.",
+            )
+            return
+        worker.heard = numbered.number
+        await self._facts.send(Heard(worker.job_id, worker.attempt, numbered, raw))
+        if isinstance(event, Left | Failed | Finished) and worker.last_word is None:
+            worker.last_word = event
+            self._running().start_soon(self._see_off, worker)
+
+    async def _see_off(self, worker: _Worker) -> None:
+        """One that has said its last word must leave, also when a library's thread hangs."""
+        with anyio.move_on_after(self._leave_limit):
+            await worker.child.exited.wait()
+        await worker.child.end(None, 0.0)
+
+    async def _end_for(self, worker: _Worker, sentence: str) -> None:
+        worker.child.kill()
+        await self._blame(worker, sentence)
+
+    async def _blame(self, worker: _Worker, sentence: str) -> None:
+        if not worker.blamed:
+            worker.blamed = sentence
+            if worker.job_id:
+                await self._facts.send(Misbehaved(worker.job_id, worker.attempt, sentence))
+
+
+def _same(one: dict[str, str], other: dict[str, str]) -> bool:
+    """Whether a trainer of one environment serves for the other; TMPDIR differs from job to job."""
+    return {**one, "TMPDIR": ""} == {**other, "TMPDIR": ""}
+
+
+def _adopt_log(warm: Path, log: Path) -> bool:
+    """Make the file that a warm trainer writes to the job's log, after what that holds already.
+
+    Offsets in the job's log stay true. False when the older log is too long to be copied.
+    """
+    if log.exists():
+        if log.stat().st_size > MAX_COPIED_LOG:
+            return False
+        os.truncate(warm, 0)  # only what its imports printed
+        with warm.open("ab") as file:
+            file.write(log.read_bytes())
+    log.parent.mkdir(parents=True, exist_ok=True)
+    warm.replace(log)
+    return True
+
+
+def _log_tail(log: Path) -> list[str]:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_TAIL))
+            text = file.read().decode("utf-8", "replace")
+    except FileNotFoundError:
+        return []
+    # A progress bar overwrites its line with a bare carriage return.
+    return [line for line in text.replace("\r", "\n").split("\n") if line.strip()][-TAIL_LINES:]
+
+
+def _sentence(worker: _Worker, code: int | None, released: bool) -> str:
+    """Say how a trainer ended, for the person who must act."""
+    child, word = worker.child, worker.last_word
+    if worker.blamed:
+        said = f"{worker.blamed} It was ended for that."
+    elif isinstance(word, Left):
+        said = f"The trainer left at step {word.step}: {word.why}."
+    elif isinstance(word, Failed):
+        said = word.failure.sentence
+    elif isinstance(word, Finished):
+        said = "The trainer finished."
+    elif code is None:
+        said = "The trainer could not be ended, not even by SIGKILL; it hangs in a driver or on a disk."
+    elif code < 0:
+        name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
+        if child.forced is not None:
+            said = f"The agent ended the trainer by {name}, since it had not left by itself."
+        elif -code == signal.SIGKILL:
+            said = (
+                "The trainer was killed by SIGKILL, which this agent did not send. Mostly the machine was "
+                "out of memory: its kernel log says so."
+            )
+        else:
+            said = f"The trainer was ended by {name}, which this agent did not send; see the end of its log."
+    elif code == 0:
+        said = "The trainer left without a word."
+    else:
+        said = f"The trainer left with code {code} and without a word; see the end of its log."
+    if not released:
+        said += " Its memory has not left the device, as far as can be seen."
+    return said
