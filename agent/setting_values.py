@@ -47,14 +47,20 @@ class Secret:
         raise TypeError("a secret cannot be pickled")
 
 
+def is_address(host: str) -> bool:
+    """Tell whether ``host`` is an IP address and no name."""
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
 def is_loopback(host: str) -> bool:
     """Tell whether ``host`` is a name or address of this machine itself."""
     if host.lower().rstrip(".") == "localhost":
         return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+    return is_address(host) and ipaddress.ip_address(host.strip("[]")).is_loopback
 
 
 def bare(hint: Any) -> Any:
