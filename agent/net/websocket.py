@@ -216,7 +216,7 @@ class Link:
                     case Welcomed():
                         logger.info("connected to {} as session {}", self.url, news.session_id)
                         self._on_state("connected", self.url)
-                        await self._uplink.welcomed()
+                        await self._uplink.welcomed(news.server_time)
                     case Acked(key=key, seq=seq):
                         await self._uplink.acked(key, seq)
                     case Dropped(key=key, reason=reason):

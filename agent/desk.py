@@ -1,0 +1,441 @@
+"""Carries out what the core decides: one lock, one transaction for each change, then its effects.
+
+Everything that happens to a job passes `change`: the core is asked, the result and its records
+are committed to the journal together, and only then is anything done.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import anyio
+import anyio.abc
+import msgspec
+from loguru import logger
+
+from agent.core import agenda
+from agent.core.effects import Ask, Effect, EndWorker, Report, StartWorker
+from agent.core.intake import gone, hear
+from agent.core.job import Job, hold, react, report, step, unhold
+from agent.core.outbox import Points, admit
+from agent.errors import UnknownJob
+from agent.runtime.journal import Journal, JournalFull, Tx
+from agent.runtime.supervisor import Exited, Heard, Misbehaved, Supervisor
+from protocol.failures import FailureReason, failure
+from protocol.lifecycle import HAS_WORKER, IllegalTransition, JobState, Trigger
+from protocol.messages import AnyRecord, Lane, Point
+from protocol.session import Key
+from protocol.worker import AnyOrder, Cancel, Committed, Metrics, Pause
+
+FULL_RETRY = 2.0
+"""Seconds between tries while the disk that holds the journal is full."""
+OVER_QUOTA_EVERY = 10.0
+"""Seconds between the points of a job that are still kept once the outbox is over its quota."""
+
+job_encoder = msgspec.msgpack.Encoder()
+job_decoder: msgspec.msgpack.Decoder[Job] = msgspec.msgpack.Decoder(Job)
+
+
+class Launcher(Protocol):
+    """Gets a job's next attempt going; see `agent.launch`."""
+
+    async def launch(self, job: Job) -> None: ...
+
+
+@dataclass
+class Batch:
+    """What one transaction will hold."""
+
+    jobs: dict[str, Job] = field(default_factory=dict)
+    appends: list[tuple[str, int, bytes]] = field(default_factory=list)
+    marks: dict[tuple[str, int], int] = field(default_factory=dict)
+    points: list[tuple[str, int, int, bytes]] = field(default_factory=list)
+    effects: list[Effect] = field(default_factory=list)
+    done: list[tuple[str, bytes]] = field(default_factory=list)
+    """Commands that are answered: id and the stored answer."""
+
+
+class JobDesk:
+    """All jobs of this agent. Make it, `load` it, then `run` it in a task group."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        supervisor: Supervisor,
+        *,
+        devices: list[str],
+        at_once: int,
+        outbox_bytes: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.journal = journal
+        self.supervisor = supervisor
+        self.jobs: dict[str, Job] = {}
+        self.held: dict[str, str] = {}
+        """Device of each job whose process may be alive."""
+        self.heads: dict[Key, int] = {}
+        """Last number of every stream that has something to send."""
+        self.backlog: dict[int, list[int]] = {lane: [0, 0] for lane in Lane}
+        """Records and bytes not acknowledged, per lane."""
+        self.draining = False
+        self.epoch = 0
+        self.launcher: Launcher | None = None
+        self.on_append: Callable[[], None] = lambda: None
+        self.on_change: Callable[[Job, Metrics | None], None] = lambda job, metrics: None
+        self._devices = devices
+        self._at_once = at_once
+        self._outbox_bytes = outbox_bytes
+        self._clock = clock
+        self._lock = anyio.Lock()
+        self._points = Points()
+        self._kept_at: dict[str, float] = {}
+        self._faults: dict[str, str] = {}
+        self._launching: dict[str, anyio.CancelScope] = {}
+        self._group: anyio.abc.TaskGroup | None = None
+        self._idle = anyio.Event()
+
+    def __repr__(self) -> str:
+        return f"<JobDesk {len(self.jobs)} jobs, held={self.held}, draining={self.draining}>"
+
+    async def load(self, epoch: int) -> None:
+        """Read the journal and begin this boot's streams."""
+        self.epoch = epoch
+        await self.journal.write(lambda tx: tx.set_epoch(epoch))
+        for job_id, body in await self.journal.read(lambda rows: rows.all_jobs()):
+            self.jobs[job_id] = job_decoder.decode(body)
+        for stream in await self.journal.read(lambda rows: rows.streams()):
+            self.heads[Key(stream.epoch, stream.scope, stream.lane)] = stream.last
+        for lane, (records, size) in (await self.journal.read(lambda rows: rows.backlog())).items():
+            self.backlog[lane] = [records, size]
+        for job in self.jobs.values():
+            if job.state in HAS_WORKER:
+                # Its trainer may be alive and saving: the device is not free before that is known.
+                self.held[job.job_id] = job.device or self._devices[0]
+
+    async def begin(self, group: anyio.abc.TaskGroup) -> None:
+        """Let what the agent itself had paused go on, and start what can start."""
+        self._group = group
+        batch = Batch()
+        for job in list(self.jobs.values()):
+            if job.held:
+                self._take(batch, unhold(job, now=self._clock()))
+        await self._commit(batch)
+
+    def job(self, job_id: str) -> Job:
+        """Return the job; raises UnknownJob."""
+        try:
+            return self.jobs[job_id]
+        except KeyError:
+            raise UnknownJob(job_id) from None
+
+    # Changing
+
+    async def change(
+        self,
+        job_id: str,
+        decide: Callable[[Job], tuple[Job, list[Effect]]],
+        *,
+        answers: Iterable[tuple[str, bytes]] = (),
+    ) -> Job:
+        """Ask the core what becomes of a job, commit it and carry it out. Raises what ``decide`` raises."""
+        async with self._lock:
+            batch = Batch(done=list(answers))
+            self._take(batch, decide(self.job(job_id)))
+            await self._commit(batch)
+            return self.jobs[job_id]
+
+    async def add(
+        self, job: Job, *, secrets: dict[str, str] | None = None, effects: list[Effect] | None = None
+    ) -> None:
+        """Take a new job. One that is known already changes nothing."""
+        async with self._lock:
+            if job.job_id in self.jobs:
+                return
+            batch = Batch()
+            self._take(batch, (job, [report(job, self._clock()), *(effects or [])]))
+
+            def keep(tx: Tx) -> None:
+                for name, value in (secrets or {}).items():
+                    tx.put_secret(job.job_id, name, value)
+
+            await self._commit(batch, also=keep)
+
+    async def append(self, scope: str, lane: Lane, records: Iterable[AnyRecord]) -> None:
+        """Store records that change no job; over the outbox's quota only lane 0 is taken."""
+        batch = Batch()
+        for record in records:
+            self._append(batch, scope, lane, record)
+        if batch.appends:
+            async with self._lock:
+                await self._commit(batch)
+
+    def next_order(self) -> int:
+        """Return a place at the end of the queue."""
+        return max((job.order for job in self.jobs.values()), default=0) + 1
+
+    def _take(self, batch: Batch, outcome: tuple[Job, list[Effect]]) -> None:
+        job, effects = outcome
+        batch.jobs[job.job_id] = job
+        for effect in effects:
+            if isinstance(effect, Report):
+                if effect.job_id != job.job_id or job.from_backend:
+                    self._append(batch, effect.job_id, effect.lane, effect.record)
+            else:
+                batch.effects.append(effect)
+
+    def _append(self, batch: Batch, scope: str, lane: int, record: AnyRecord) -> None:
+        if lane != Lane.CONTROL and self._over_quota():
+            if not isinstance(record, Point):
+                return
+            now = self._clock()
+            if now - self._kept_at.get(scope, 0.0) < OVER_QUOTA_EVERY:
+                return
+            self._kept_at[scope] = now
+        batch.appends.append((scope, int(lane), admit(record)))
+
+    def _over_quota(self) -> bool:
+        return sum(size for _, size in self.backlog.values()) > self._outbox_bytes
+
+    def _fill(self, batch: Batch) -> None:
+        """Give free devices to the jobs that are next."""
+        if self.draining or self._group is None:
+            return
+        current = {**self.jobs, **batch.jobs}
+        for job_id, device in agenda.due(current.values(), self.held, self._devices, self._at_once):
+            job = msgspec.structs.replace(current[job_id], device=device)
+            self.held[job_id] = device
+            self._take(batch, step(job, Trigger.SLOT_FREE, now=self._clock(), by="agent"))
+
+    async def _commit(self, batch: Batch, also: Callable[[Tx], None] | None = None) -> None:
+        """Write a batch, then do what it asks. The lock is held, or nothing else runs yet."""
+        self._fill(batch)
+        changed = [
+            (job.job_id, str(job.state), job.order, job_encoder.encode(job)) for job in batch.jobs.values()
+        ]
+
+        def write(tx: Tx) -> list[int]:
+            for changed_row in changed:
+                tx.put_job(*changed_row)
+            for (job_id, attempt), number in batch.marks.items():
+                tx.mark_event(job_id, attempt, number)
+            for point in batch.points:
+                tx.put_point(*point)
+            for command_id, answer in batch.done:
+                tx.command_end(command_id, answer)
+            if also is not None:
+                also(tx)
+            return [tx.append(*row) for row in batch.appends]
+
+        numbers = await self._write(write)
+        for (scope, lane, body), number in zip(batch.appends, numbers, strict=True):
+            self.heads[Key(self.epoch, scope, lane)] = number
+            self.backlog[lane][0] += 1
+            self.backlog[lane][1] += len(body)
+        for job in batch.jobs.values():
+            before = self.jobs.get(job.job_id)
+            self.jobs[job.job_id] = job
+            if before is None or before.state is not job.state:
+                logger.info(
+                    "job {}: {} -> {} {}", job.job_id, before.state if before else "-", job.state, job.detail
+                )
+                self.on_change(job, None)
+        if batch.appends:
+            self.on_append()
+        for effect in batch.effects:
+            self._carry_out(effect)
+        for (job_id, attempt), number in batch.marks.items():
+            if self.jobs[job_id].attempt == attempt:
+                self.supervisor.ask(job_id, Committed(number))
+
+    async def _write(self, write: Callable[[Tx], list[int]]) -> list[int]:
+        told = False
+        while True:
+            try:
+                return await self.journal.write(write)
+            except JournalFull as error:
+                # Nothing is lost meanwhile: the trainer keeps what is not committed, and the queue holds back.
+                if not told:
+                    logger.error("{}; free some space, the agent tries again every {:g} s", error, FULL_RETRY)
+                    for job_id in self.held:
+                        self.supervisor.ask(job_id, Pause())
+                    told = True
+                await anyio.sleep(FULL_RETRY)
+
+    def _carry_out(self, effect: Effect) -> None:
+        assert self._group is not None
+        match effect:
+            case StartWorker(job_id=job_id):
+                self._group.start_soon(self._launch, self.jobs[job_id], name=f"launch {job_id}")
+            case Ask(job_id=job_id, order=order):
+                self.ask(job_id, order)
+            case EndWorker(job_id=job_id, grace=grace):
+                self._group.start_soon(self._end, job_id, grace, name=f"end {job_id}")
+            case Report():
+                raise AssertionError("reports were committed with their job")
+
+    def ask(self, job_id: str, order: AnyOrder) -> None:
+        """Hand an order to the job's worker; one that is not started yet is called off instead."""
+        launching = self._launching.get(job_id)
+        if launching is not None and isinstance(order, Pause | Cancel):
+            launching.cancel()
+        else:
+            self.supervisor.ask(job_id, order)
+
+    async def _end(self, job_id: str, grace: float) -> None:
+        await self.supervisor.end(job_id, grace=grace)
+
+    async def _launch(self, job: Job) -> None:
+        assert self.launcher is not None
+        started = False
+        sentence = ""
+        with anyio.CancelScope() as scope:
+            self._launching[job.job_id] = scope
+            try:
+                await self.launcher.launch(job)
+                started = True
+            except LaunchFailed as error:
+                sentence = str(error)
+                reason = error.reason
+            finally:
+                del self._launching[job.job_id]
+        if started:
+            return
+        with anyio.CancelScope(shield=True):
+            self.held.pop(job.job_id, None)
+            if sentence:
+                cause = failure(reason, sentence)
+                await self.change(
+                    job.job_id,
+                    lambda now: react(now, Trigger.FAULT, now=self._clock(), by="agent", failure=cause),
+                )
+            else:
+                await self.change(job.job_id, lambda now: react(now, Trigger.RELEASED, now=self._clock()))
+            self._look_idle()
+
+    # Hearing
+
+    async def run(self, facts: anyio.abc.ObjectReceiveStream[Heard | Exited | Misbehaved]) -> None:
+        """Take what the supervisor tells, as much at once as is there."""
+        while True:
+            try:
+                taken = [await facts.receive()]
+            except anyio.EndOfStream:
+                return
+            while len(taken) < 2000:
+                try:
+                    taken.append(facts.receive_nowait())  # type: ignore[attr-defined]  # a memory stream's
+                except (anyio.WouldBlock, anyio.EndOfStream):
+                    break
+            async with self._lock:
+                await self._hear(taken)
+
+    async def _hear(self, facts: list[Heard | Exited | Misbehaved]) -> None:
+        batch = Batch()
+        points: list[tuple[str, Metrics]] = []
+        for fact in facts:
+            job = batch.jobs.get(fact.job_id) or self.jobs.get(fact.job_id)
+            if job is None:
+                continue
+            try:
+                match fact:
+                    case Heard():
+                        self._hear_one(batch, job, fact, points)
+                    case Misbehaved(sentence=sentence):
+                        self._faults[fact.job_id] = sentence
+                    case Exited():
+                        self._exited(batch, job, fact)
+            except IllegalTransition as error:
+                logger.exception("a trigger that the table does not know: {!r} {!r}", job, fact)
+                self._take(batch, self._internal(job, str(error)))
+        await self._commit(batch)
+        for job_id, metrics in points:
+            self.on_change(self.jobs[job_id], metrics)
+        self._look_idle()
+
+    def _internal(self, job: Job, sentence: str) -> tuple[Job, list[Effect]]:
+        cause = failure(FailureReason.INTERNAL, f"The agent met a state it should not know: {sentence}.")
+        return react(job, Trigger.FAULT, now=self._clock(), by="agent", failure=cause)
+
+    def _hear_one(self, batch: Batch, job: Job, fact: Heard, points: list[tuple[str, Metrics]]) -> None:
+        outcome = hear(job, fact.numbered, now=self._clock())
+        if fact.numbered.attempt == job.attempt:
+            # Also for old news: the trainer repeats it because our answer was lost.
+            batch.marks[job.job_id, job.attempt] = max(fact.numbered.number, job.heard)
+        if outcome is None:
+            return
+        self._take(batch, outcome)
+        event = fact.numbered.event
+        if isinstance(event, Metrics):
+            points.append((job.job_id, event))
+            body = msgspec.msgpack.encode(event)
+            batch.points.append((job.job_id, job.attempt, event.step, body))
+            if job.from_backend:
+                for record in self._points.records(job.job_id, job.attempt, event):
+                    lane = Lane.METRICS if isinstance(record, Point) else Lane.CONTROL
+                    self._append(batch, job.job_id, lane, record)
+
+    def _exited(self, batch: Batch, job: Job, fact: Exited) -> None:
+        self.held.pop(job.job_id, None)
+        sentence = self._faults.pop(job.job_id, "")
+        cause = failure(FailureReason.INTERNAL, sentence) if sentence else None
+        if not fact.released:
+            logger.warning(
+                "job {}: its process is gone, but its memory on the device was not seen to be freed",
+                job.job_id,
+            )
+        why = fact.sentence or "The trainer ended without a word."
+        self._take(batch, gone(job, fact.attempt, left=fact.left, why=why, now=self._clock(), failure=cause))
+
+    # Ending
+
+    async def drain(self) -> None:
+        """Take no more work, and have every running job save and leave."""
+        async with self._lock:
+            self.draining = True
+            batch = Batch()
+            for job_id in list(self.held):
+                job = self.jobs[job_id]
+                self._take(
+                    batch,
+                    hold(
+                        job, "The agent was stopped; the job goes on when it starts again.", now=self._clock()
+                    ),
+                )
+            await self._commit(batch)
+            self._look_idle()
+
+    async def idle(self) -> None:
+        """Wait until no trainer is left."""
+        while self.held:
+            self._idle = anyio.Event()
+            await self._idle.wait()
+
+    def busy(self) -> bool:
+        """Tell whether any job runs or waits to run."""
+        return bool(self.held) or any(job.state is JobState.QUEUED for job in self.jobs.values())
+
+    def _look_idle(self) -> None:
+        if not self.held:
+            self._idle.set()
+
+    def note_worker(self, job_id: str, pid: int, created: float) -> Callable[[Job], tuple[Job, list[Effect]]]:
+        """Return the change that remembers the process of a job, so that a later agent can find it."""
+        return lambda job: (msgspec.structs.replace(job, worker_pid=pid, worker_created=created), [])
+
+    def finite(self, values: dict[str, float]) -> dict[str, float]:
+        """Return only the values that are numbers."""
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+class LaunchFailed(Exception):
+    """A job cannot be started; the sentence is for the user."""
+
+    def __init__(self, reason: FailureReason, sentence: str) -> None:
+        super().__init__(reason, sentence)
+        self.reason = reason
+        self.sentence = sentence
+
+    def __str__(self) -> str:
+        return self.sentence

@@ -1,0 +1,221 @@
+"""Between the link and the desk: records out of the journal, wishes and commands into the desk."""
+
+import time
+from collections.abc import Awaitable, Callable, Mapping
+
+from loguru import logger
+
+from agent.core.control import desire, offered, order_for, retried
+from agent.core.job import Job
+from agent.desk import JobDesk
+from agent.errors import NotPossible, UnknownJob
+from agent.runtime.journal import Tx
+from protocol.codec import decode_record, encode_record
+from protocol.failures import FailureReason, failure
+from protocol.jobspec import BadSpec
+from protocol.lifecycle import TERMINAL, JobState, Want
+from protocol.messages import (
+    Command,
+    CommandDone,
+    CommandKind,
+    Desired,
+    Hello,
+    JobSeen,
+    Lane,
+    Machine,
+    Snapshot,
+    StreamHead,
+    Values,
+)
+from protocol.session import Key
+
+READ_RECORDS = 2048
+SNAPSHOT_BEHIND = 64
+"""Points not acknowledged beyond which a snapshot goes first after a reconnect."""
+
+
+class JournalUplink:
+    """Implements `agent.core.ports.Uplink` on the journal and the desk."""
+
+    def __init__(
+        self,
+        desk: JobDesk,
+        *,
+        agent_id: str,
+        install_id: str,
+        boot: int,
+        machine: Callable[[], Awaitable[Machine]],
+        send_log: Callable[[str, int], Awaitable[None]],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._desk = desk
+        self._agent_id = agent_id
+        self._install_id = install_id
+        self._boot = boot
+        self._machine = machine
+        self._send_log = send_log
+        self._clock = clock
+        self._dials = 0
+        self._ahead = 0.0
+        """Seconds by which the backend's clock is ahead of ours."""
+
+    async def hello(self) -> Hello:
+        self._dials += 1
+        streams = await self._desk.journal.read(lambda rows: rows.streams())
+        heads = [
+            StreamHead(sid, stream.epoch, stream.scope, stream.lane, stream.first, stream.last)
+            for sid, stream in enumerate(streams, start=1)
+        ]
+        jobs = [
+            JobSeen(job.job_id, job.attempt, job.state, job.observed)
+            for job in self._desk.jobs.values()
+            if job.from_backend and job.state not in TERMINAL
+        ]
+        return Hello(
+            self._agent_id,
+            self._install_id,
+            self._boot,
+            self._dials,
+            self._desk.epoch,
+            await self._machine(),
+            heads,
+            jobs,
+        )
+
+    async def read(self, key: Key, after: int, max_bytes: int) -> list[tuple[int, bytes | None]]:
+        return await self._desk.journal.read(
+            lambda rows: rows.records(key.epoch, key.scope, key.lane, after, READ_RECORDS, max_bytes)
+        )
+
+    def heads(self) -> Mapping[Key, int]:
+        return self._desk.heads
+
+    def backlog(self) -> list[int]:
+        return [self._desk.backlog[lane][0] for lane in Lane]
+
+    async def acked(self, key: Key, seq: int) -> None:
+        await self._trim(key, seq)
+
+    async def dropped(self, key: Key, reason: str) -> None:
+        last = self._desk.heads.pop(key, None)
+        if last:
+            await self._trim(key, last)
+
+    async def _trim(self, key: Key, seq: int) -> None:
+        done = key.lane == Lane.CONTROL and seq == self._desk.heads.get(key)
+        job = self._desk.jobs.get(key.scope)
+        scrub = done and job is not None and job.state in TERMINAL
+
+        def trim(tx: Tx) -> dict[int, tuple[int, int]]:
+            tx.trim(key.epoch, key.scope, key.lane, seq)
+            if scrub:
+                # The job has ended and its last word has arrived: its token serves for nothing any more.
+                tx.scrub_secrets(key.scope)
+            return tx.backlog()
+
+        backlog = await self._desk.journal.write(trim)
+        for lane in Lane:
+            self._desk.backlog[lane] = list(backlog.get(lane, (0, 0)))
+        if key.epoch != self._desk.epoch and seq == self._desk.heads.get(key):
+            self._desk.heads.pop(key)
+
+    async def welcomed(self, server_time: float) -> None:
+        self._ahead = server_time - self._clock() if server_time else 0.0
+        if self._desk.backlog[Lane.METRICS][0] < SNAPSHOT_BEHIND:
+            return
+        for job in list(self._desk.jobs.values()):
+            if job.from_backend and job.state not in TERMINAL and job.state is not JobState.QUEUED:
+                values: Values = {**job.values}
+                await self._desk.append(
+                    job.job_id,
+                    Lane.CONTROL,
+                    [Snapshot(self._clock(), job.attempt, job.state, job.step, job.epoch, values)],
+                )
+
+    async def desired(self, message: Desired) -> None:
+        now = self._clock()
+        if message.job_id in self._desk.jobs:
+            try:
+                await self._desk.change(message.job_id, lambda job: desire(job, message, now=now))
+            except NotPossible as error:
+                logger.warning("job {}: {}", message.job_id, error)
+            return
+        if message.offer is None:
+            logger.warning(
+                "the backend wants {} of {}, which was never offered", message.want, message.job_id
+            )
+            return
+        if message.want == "cancel":
+            await self._refuse(message, JobState.CANCELLED, "")
+            return
+        try:
+            job = offered(message, order=self._desk.next_order(), now=now)
+        except BadSpec as error:
+            await self._refuse(message, JobState.FAILED, str(error))
+            return
+        secrets = {"job_token": message.offer.job_token} if message.offer.job_token else {}
+        logger.info("took job {} ({})", job.job_id, job.name)
+        await self._desk.add(job, secrets=secrets)
+        await self._desk.change(job.job_id, lambda job: desire(job, message, now=now))
+
+    async def _refuse(self, message: Desired, state: JobState, sentence: str) -> None:
+        """Answer an offer that never becomes a job here."""
+        assert message.offer is not None
+        job = Job(
+            job_id=message.job_id,
+            config=message.offer.config,
+            name=message.offer.name,
+            order=self._desk.next_order(),
+            from_backend=True,
+            created_at=self._clock(),
+            completed_at=self._clock(),
+            state=state,
+            want=Want.CANCEL if state is JobState.CANCELLED else Want.RUN,
+            observed=message.version,
+            by="agent" if sentence else "user",
+            detail=sentence,
+            failure=failure(FailureReason.SPEC, sentence) if sentence else None,
+        )
+        await self._desk.add(job)
+
+    async def commanded(self, message: Command) -> None:
+        known = await self._desk.journal.write(lambda tx: tx.command_begin(message.command_id))
+        if known is not None:
+            # Begun before: the answer was lost, or a crash fell between and nobody knows.
+            answer = (
+                decode_record(known) if known else CommandDone(self._clock(), message.command_id, "unknown")
+            )
+            if isinstance(answer, CommandDone):
+                await self._desk.append("", Lane.CONTROL, [answer])
+            return
+        now = self._clock()
+        if message.not_after and now + self._ahead > message.not_after:
+            done = CommandDone(now, message.command_id, "expired", "It arrived after its time.")
+        else:
+            done = await self._carry_out(message, now)
+        body = encode_record(done)
+        await self._desk.journal.write(lambda tx: tx.command_end(message.command_id, body))
+        await self._desk.append("", Lane.CONTROL, [done])
+
+    async def _carry_out(self, message: Command, now: float) -> CommandDone:
+        try:
+            kind = CommandKind(message.kind)
+        except ValueError:
+            return CommandDone(
+                now, message.command_id, "refused", f'This agent does not know "{message.kind}".'
+            )
+        try:
+            if kind is CommandKind.RETRY:
+                checkpoint = str(message.args.get("checkpoint", ""))
+                await self._desk.change(
+                    message.job_id, lambda job: retried(job, by="user", now=now, checkpoint=checkpoint)
+                )
+            elif kind is CommandKind.SEND_LOG:
+                await self._send_log(message.job_id, int(message.args.get("offset", 0)))
+            else:
+                await self._desk.change(
+                    message.job_id, lambda job: (job, [order_for(kind, message.command_id, job)])
+                )
+        except (NotPossible, UnknownJob, ValueError) as error:
+            return CommandDone(now, message.command_id, "refused", str(error))
+        return CommandDone(now, message.command_id, "done")
