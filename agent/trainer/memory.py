@@ -1,0 +1,68 @@
+"""What the device holds: figures for the curve, the owner's cap, and giving everything back."""
+
+import gc
+import time
+from typing import Any
+
+import torch
+
+from protocol.worker import Limits
+
+_GB = 1 << 30
+_utilization: tuple[float, float | None] = (0.0, None)
+
+
+def apply_cap(limits: Limits) -> None:
+    """Keep this process within the owner's share of the device's memory."""
+    if torch.cuda.is_available() and limits.gpu_memory_fraction < 1.0:
+        torch.cuda.set_per_process_memory_fraction(limits.gpu_memory_fraction)
+
+
+def figures() -> dict[str, float]:
+    """Return what the charts show of the device; empty without CUDA. Causes no wait for the device."""
+    if not torch.cuda.is_available():
+        return {}
+    values = {
+        "gpu_memory_allocated_gb": torch.cuda.memory_allocated() / _GB,
+        "gpu_memory_reserved_gb": torch.cuda.memory_reserved() / _GB,
+    }
+    busy = _busy_percent()
+    if busy is not None:
+        values["gpu_utilization_percent"] = busy
+    return values
+
+
+def release() -> None:
+    """Give back what no object holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def peak_gb() -> float | None:
+    """Return the most device memory that was ever allocated, in GB."""
+    return torch.cuda.max_memory_allocated() / _GB if torch.cuda.is_available() else None
+
+
+def _busy_percent() -> float | None:
+    """Return the device's utilisation, asked of NVML at most once a second."""
+    global _utilization
+    asked, value = _utilization
+    if time.monotonic() - asked >= 1.0:
+        value = _ask_nvml()
+        _utilization = (time.monotonic(), value)
+    return value
+
+
+def _ask_nvml() -> float | None:
+    try:
+        import pynvml  # absent on machines without NVIDIA's library
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+        handle: Any = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        return float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+    except pynvml.NVMLError:
+        return None

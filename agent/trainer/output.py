@@ -1,0 +1,75 @@
+"""The final model on disk: staged beside, renamed when whole, with the fingerprint of its weights."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from peft import PeftModel
+from safetensors import safe_open
+
+from agent.trainer import checkpoint
+from agent.trainer.model import load_base
+from protocol.jobspec import JobSpec
+from protocol.worker import Limits, Workspace
+
+MERGED = "merged"
+
+
+class Output:
+    """The folder of the final model while it is being written."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.final = Path(workspace.output)
+        self.staging = self.final.with_name(f".staging-{self.final.name}")
+
+    def __enter__(self) -> "Output":
+        shutil.rmtree(self.staging, ignore_errors=True)
+        self.staging.mkdir(parents=True)
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Clear up; turns a full disk into its own error."""
+        full = error is not None and checkpoint.is_disk_full(error, self.final.parent)
+        shutil.rmtree(self.staging, ignore_errors=True)
+        if full:
+            raise checkpoint.disk_full(self.final.parent, "the final model") from error
+
+    def write(self, model: Any, tokenizer: Any) -> str:
+        """Write weights and tokenizer; return the hash of the weights."""
+        model.save_pretrained(self.staging)
+        tokenizer.save_pretrained(self.staging)
+        return weights_hash(self.staging)
+
+    def merge(self, spec: JobSpec, workspace: Workspace, limits: Limits, tokenizer: Any) -> None:
+        """Write the base model in bfloat16 with the adapter merged in.
+
+        The base is loaded anew: merging into 4-bit weights would quantise the result again.
+        """
+        base = load_base(spec, workspace, limits, torch.bfloat16)
+        merged = PeftModel.from_pretrained(base, self.staging, autocast_adapter_dtype=False)
+        merged = merged.merge_and_unload(safe_merge=True)
+        merged.save_pretrained(self.staging / MERGED)
+        tokenizer.save_pretrained(self.staging / MERGED)
+
+    def publish(self) -> None:
+        """Let the model appear under its name, in place of an older one."""
+        for path in [*self.staging.rglob("*"), self.staging]:
+            checkpoint.sync_folder(path)
+        checkpoint.replace_folder(self.staging, self.final)
+
+
+def weights_hash(folder: Path) -> str:
+    """Return xxh3-128 over every tensor's name and bytes, in the order of names."""
+    places: dict[str, Path] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            places |= dict.fromkeys(file.keys(), path)
+    digest = xxhash.xxh3_128()
+    for name in sorted(places):
+        with safe_open(places[name], framework="pt") as file:
+            tensor = file.get_tensor(name)
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

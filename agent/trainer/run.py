@@ -1,0 +1,374 @@
+"""A job from its spec to its final model."""
+
+import hashlib
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import msgspec
+import torch
+from datasets.exceptions import DatasetGenerationError
+
+from agent.trainer import data, memory, methods, samples
+from agent.trainer.checkpoint import BadCheckpoint, Checkpoints, Found, verify
+from agent.trainer.control import ControlledSFTTrainer, Job
+from agent.trainer.errors import TrainerError
+from agent.trainer.inbox import Inbox, Leaving
+from agent.trainer.model import choose_precision, load_model, load_tokenizer
+from agent.trainer.output import MERGED, Output
+from agent.trainer.progress import Progress, Schedule
+from protocol.failures import FailureReason
+from protocol.jobspec import JobSpec, TrainingSpec
+from protocol.worker import Finished, Left, Note, Phase, Preparing, Ready, Start, Trained
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+MUST_MATCH = (
+    "batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "packing",
+    "group_by_length",
+    "assistant_only_loss",
+    "seed",
+    "optim",
+)
+"""Settings without which a checkpoint's place in the data, or its optimizer, makes no sense."""
+FLUSH_LIMIT = 60.0
+"""Seconds that the end of a job waits for the agent to take down its last events."""
+
+
+def train(start: Start, line: Any) -> int:
+    """Run a job to its end, or to where it is told to leave; return the exit code. Raises TrainerError."""
+    inbox = Inbox(line)
+    try:
+        _Run(start, inbox).go()
+    except Leaving as leaving:
+        line.say(Left(leaving.why, leaving.step))
+    line.flush(FLUSH_LIMIT)
+    return 0
+
+
+@dataclass
+class _Ground:
+    """What a trainer stands on: everything that was loaded."""
+
+    tokenizer: Any
+    prepared: Any
+    trainer: ControlledSFTTrainer
+
+
+class _Run:
+    """One attempt at a job."""
+
+    def __init__(self, start: Start, inbox: Inbox) -> None:
+        self.start = start
+        self.spec: JobSpec = start.spec
+        self.inbox = inbox
+        self.checkpoints = Checkpoints(Path(start.workspace.checkpoints))
+        self.progress = Progress()
+
+    def go(self) -> None:
+        memory.apply_cap(self.start.limits)
+        found = self._find_checkpoint()
+        ground = self._load(found)
+        trainer = ground.trainer
+        trainer.train(resume_from_checkpoint=str(found.path) if found is not None else None)
+        self._finish(ground)
+
+    # Before training
+
+    def _find_checkpoint(self) -> Found | None:
+        """Return the checkpoint to go on from: the one that was named, else the newest that verifies."""
+        start, folder = self.start, self.checkpoints.folder
+        if start.resume_from:
+            path = Path(start.resume_from)
+            self._say(Phase.RESTORE, f"Checking the checkpoint {path.name}.")
+            try:
+                found = verify(path)
+            except BadCheckpoint as bad:
+                raise TrainerError(
+                    FailureReason.CHECKPOINT,
+                    f"The checkpoint {path} cannot be used: {bad}. Resume from another one, or start the job again.",
+                ) from bad
+            folder.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.note_origin(start.attempt, path)
+        else:
+            if folder.is_dir():
+                self.checkpoints.sweep()
+            newest, passed = self.checkpoints.newest_good()
+            for sentence in passed:
+                self.inbox.line.say(Note("warning", sentence))
+            if newest is None:
+                if passed:
+                    self.inbox.line.say(
+                        Note("warning", "No checkpoint could be used, so the job starts from its beginning.")
+                    )
+                return None
+            found = newest
+        self.inbox.step = found.manifest.step
+        try:
+            self.progress = Progress.load(found.path)
+        except (OSError, msgspec.DecodeError) as error:
+            raise TrainerError(
+                FailureReason.CHECKPOINT,
+                f"The counters in the checkpoint {found.path} cannot be read: {error}.",
+            ) from error
+        return found
+
+    def _load(self, found: Found | None) -> _Ground:
+        """Load tokenizer, data and model, and build the trainer."""
+        start, spec, inbox = self.start, self.spec, self.inbox
+        methods.trainer_class(spec.method)
+        inbox.leave_if_told()
+        where = start.workspace.model
+        if not Path(where).is_absolute():
+            self._say(Phase.DOWNLOAD, f"Fetching {where} from the Hub, as far as it is not here yet.")
+        tokenizer = load_tokenizer(spec, start.workspace, start.limits)
+        self._say(Phase.CHECK, "Checking every row of the data set.")
+        prepared = data.prepare(spec, start.workspace, tokenizer, start.limits, self._note)
+        inbox.leave_if_told()
+        self._say(Phase.LOAD, f"Loading the model {Path(where).name}.")
+        precision = choose_precision(spec, start.limits, self._note)
+        loaded = load_model(spec, start.workspace, start.limits, precision, tokenizer)
+        inputs = self._inputs(prepared)
+        if found is not None:
+            self._check_inputs(found, inputs)
+            self._say(Phase.RESTORE, f"Going on from step {found.manifest.step}.")
+        inbox.leave_if_told()
+        args = methods.arguments(
+            spec, precision, start.workspace.checkpoints, assistant_only=prepared.assistant_only
+        )
+        chat = _is_chat(prepared.train)
+        schedule = Schedule.of(spec.training, start.limits)
+        job = Job(
+            job_id=spec.job_id,
+            attempt=start.attempt,
+            inbox=inbox,
+            checkpoints=self.checkpoints,
+            schedule=schedule,
+            progress=self.progress,
+            parameters=self._live_parameters(schedule, found),
+            ready=self._ready(prepared, found, loaded.facts),
+            inputs=inputs,
+            versions={name: version(name) for name in PACKAGES},
+            resumed_from=found,
+            stop_at_once=start.stop_at_once,
+            before=lambda trainer: self._sample_before(trainer, tokenizer, chat),
+        )
+        try:
+            trainer = methods.build(spec, loaded, args, tokenizer, prepared.train, prepared.eval, job)
+        except (DatasetGenerationError, StopIteration, IndexError) as error:
+            raise self._no_rows(prepared) from error
+        rows = len(trainer.train_dataset)
+        if rows == 0:
+            raise self._no_rows(prepared)
+        self._count_sizes(job, trainer, prepared)
+        return _Ground(tokenizer, prepared, trainer)
+
+    def _no_rows(self, prepared: Any) -> TrainerError:
+        return TrainerError(
+            FailureReason.DATA,
+            f"None of the {len(prepared.train)} rows has a token to learn from within max_length "
+            f"({self.spec.training.max_length}): their prompts alone fill it. Raise training.max_length.",
+        )
+
+    def _count_sizes(self, job: Job, trainer: ControlledSFTTrainer, prepared: Any) -> None:
+        """Complete what Ready says with what is known once the trainer stands."""
+        parameters = list(trainer.model.parameters())
+        rows = len(trainer.train_dataset)
+        facts = dict(job.ready.facts)
+        if self.spec.training.packing:
+            facts["packing"] = f"{len(prepared.train)} rows in {rows} sequences"
+        elif rows < len(prepared.train):
+            self._note(
+                "warning",
+                f"{len(prepared.train) - rows} of {len(prepared.train)} rows are left out: their prompts alone fill "
+                f"max_length ({self.spec.training.max_length}).",
+            )
+        job.ready = msgspec.structs.replace(
+            job.ready,
+            trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+            all_parameters=trainer.model.num_parameters()
+            if hasattr(trainer.model, "num_parameters")
+            else sum(p.numel() for p in parameters),
+            device=str(trainer.args.device),
+            facts=facts,
+        )
+
+    def _ready(self, prepared: Any, found: Found | None, facts: dict[str, str]) -> Ready:
+        return Ready(
+            total_steps=0,
+            total_epochs=0.0,
+            start_step=0,
+            train_rows=len(prepared.train),
+            eval_rows=len(prepared.eval) if prepared.eval is not None else 0,
+            device="",
+            trainable_parameters=0,
+            all_parameters=0,
+            batch_size=0,
+            gradient_accumulation_steps=0,
+            resumed_from=str(found.path) if found is not None else "",
+            facts={
+                "method": str(self.spec.method),
+                **facts,
+                **prepared.facts,
+                "adapter": f"LoRA, rank {self.spec.lora.r}" if self.spec.lora is not None else "none",
+            },
+        )
+
+    def _live_parameters(self, schedule: Schedule, found: Found | None) -> Any:
+        """Return the live parameters that are still to be put in force; those of the checkpoint are, or are put so.
+
+        The learning rate lies in the restored optimizer and scheduler; the rest is in the schedule, made anew.
+        """
+        mine = self.progress.parameters
+        wanted = self.start.parameters
+        if found is not None:
+            for name in ("logging_steps", "save_steps", "eval_steps"):
+                if (value := getattr(mine, name)) is not None:
+                    setattr(schedule, name, value)
+            if mine.early_stopping_patience is not None:
+                schedule.patience = mine.early_stopping_patience
+        changed = {
+            name: value
+            for name, value in msgspec.structs.asdict(wanted).items()
+            if value != getattr(mine, name)
+        }
+        return type(wanted)(**changed)
+
+    # What must be the same
+
+    def _inputs(self, prepared: Any) -> dict[str, str]:
+        spec = self.spec
+        core = (spec.method, spec.model, spec.tokenizer, spec.lora)
+        return {
+            "data": prepared.fingerprint,
+            "model": hashlib.sha256(msgspec.json.encode(core)).hexdigest()[:32],
+            "training": msgspec.json.encode(spec.training).decode(),
+        }
+
+    def _check_inputs(self, found: Found, inputs: dict[str, str]) -> None:
+        """Raise TrainerError if the job is no longer the one that was saved; note what changed harmlessly."""
+        saved, name = found.manifest.inputs, found.path.name
+        if saved.get("model") != inputs["model"]:
+            raise TrainerError(
+                FailureReason.CHECKPOINT,
+                f"The checkpoint {name} was made with another model, method or adapter than the job names now. "
+                "Put the job's settings back, or submit it as a new job.",
+            )
+        if saved.get("data") != inputs["data"]:
+            raise TrainerError(
+                FailureReason.CHECKPOINT,
+                f"The data set is not the one that the checkpoint {name} was trained on, so training cannot go on "
+                "where it stood. Put the old data back, or submit the job as a new one.",
+            )
+        before = msgspec.json.decode(saved.get("training", "{}"), type=TrainingSpec)
+        now = self.spec.training
+        for field in TrainingSpec.__struct_fields__:
+            old, new = getattr(before, field), getattr(now, field)
+            if old == new:
+                continue
+            if field in MUST_MATCH:
+                raise TrainerError(
+                    FailureReason.CHECKPOINT,
+                    f"training.{field} is {new} but was {old} when the checkpoint {name} was saved, and training "
+                    f"cannot go on exactly with another. Set it back to {old}, or submit the job as a new one.",
+                )
+            self._note(
+                "warning", f"training.{field} was {old} when the checkpoint was saved and is {new} now."
+            )
+
+    # Samples
+
+    def _sample_before(self, trainer: ControlledSFTTrainer, tokenizer: Any, chat: bool) -> None:
+        self.progress.samples = [
+            {
+                "prompt": sample.prompt,
+                "answer": sample.answer,
+                **self._answer(trainer, tokenizer, sample, chat, "before"),
+            }
+            for sample in self.spec.samples
+        ]
+
+    def _sample_after(self, ground: _Ground) -> list[dict[str, str | float]]:
+        chat = _is_chat(ground.prepared.train)
+        return [
+            {**before, **self._answer(ground.trainer, ground.tokenizer, sample, chat, "after")}
+            for sample, before in zip(self.spec.samples, self.progress.samples, strict=False)
+        ]
+
+    def _answer(
+        self, trainer: ControlledSFTTrainer, tokenizer: Any, sample: Any, chat: bool, when: str
+    ) -> dict[str, str | float]:
+        listen = self.inbox.leave_if_told if when == "before" else self.inbox.leave_unless_finishing
+        room = max(8, self.spec.training.max_length - samples.NEW_TOKENS)
+        with trainer.compute_loss_context_manager():
+            given = samples.answer(trainer.model, tokenizer, sample, chat=chat, room=room, listen=listen)
+        values: dict[str, str | float] = {when: given.text}
+        if given.log_likelihood is not None:
+            values[f"log_likelihood_{when}"] = given.log_likelihood
+        return values
+
+    # After training
+
+    def _finish(self, ground: _Ground) -> None:
+        """Write the final model and say Finished."""
+        trainer, inbox, workspace = ground.trainer, self.inbox, self.start.workspace
+        trainer.finish_counters()
+        step = trainer.state.global_step
+        inbox.line.say(Trained(step, trainer.why_ended))
+        inbox.leave_unless_finishing()
+        is_best = trainer.take_best()
+        taken = self._sample_after(ground)
+        with Output(workspace) as output:
+            digest = output.write(trainer.model, ground.tokenizer)
+            inbox.leave_unless_finishing()
+            merge = self.spec.output.merge_adapter and self.spec.lora is not None
+            if merge:
+                del trainer, ground.trainer
+                memory.release()
+                output.merge(self.spec, workspace, self.start.limits, ground.tokenizer)
+                inbox.leave_unless_finishing()
+            output.publish()
+        inbox.line.say(
+            Finished(
+                model_path=str(output.final),
+                merged_path=str(output.final / MERGED) if merge else "",
+                weights_hash=digest,
+                step=step,
+                values=self._final_values(is_best),
+                samples=taken,
+            )
+        )
+
+    def _final_values(self, is_best: bool) -> dict[str, float]:
+        progress = self.progress
+        values: dict[str, float | None] = {
+            "final_loss": progress.train_loss,
+            "final_eval_loss": progress.best_eval_loss if is_best else progress.eval_loss,
+            "initial_eval_loss": progress.initial_eval_loss,
+            "best_eval_loss": progress.best_eval_loss,
+            "train_seconds": progress.elapsed,
+            "tokens_seen": float(progress.tokens_seen),
+        }
+        if progress.best_eval_loss is not None:
+            values |= {"best_step": float(progress.best_step), "best_epoch": progress.best_epoch}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _say(self, phase: Phase, detail: str) -> None:
+        self.inbox.line.say(Preparing(phase, detail))
+
+    def _note(self, level: str, text: str) -> None:
+        self.inbox.line.say(Note(level, text))
+
+
+def _is_chat(rows: datasets.Dataset) -> bool:
+    """Tell whether the rows are conversations, so that a prompt belongs into the chat template."""
+    return "messages" in rows.column_names or isinstance(rows[0].get("prompt"), list)
+
+
+def device_words() -> str:
+    """Return the device in words, for a failure's sentence."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
