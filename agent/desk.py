@@ -4,7 +4,6 @@ Everything that happens to a job passes `change`: the core is asked, the result 
 are committed to the journal together, and only then is anything done.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from protocol.failures import FailureReason, failure
 from protocol.lifecycle import HAS_WORKER, IllegalTransition, JobState, Trigger
 from protocol.messages import AnyRecord, Lane, Point
 from protocol.session import Key
-from protocol.worker import AnyOrder, Cancel, Committed, Metrics, Pause
+from protocol.worker import AnyOrder, Cancel, Committed, Left, Metrics, Pause
 
 FULL_RETRY = 2.0
 """Seconds between tries while the disk that holds the journal is full."""
@@ -84,7 +83,9 @@ class JobDesk:
         self.launcher: Launcher | None = None
         self.on_append: Callable[[], None] = lambda: None
         self.on_change: Callable[[Job, Metrics | None], None] = lambda job, metrics: None
-        self._devices = devices
+        self.devices = devices
+        """What jobs may run on; "cpu" takes as many as may run at once."""
+        self.drained = anyio.Event()
         self._at_once = at_once
         self._outbox_bytes = outbox_bytes
         self._clock = clock
@@ -112,7 +113,7 @@ class JobDesk:
         for job in self.jobs.values():
             if job.state in HAS_WORKER:
                 # Its trainer may be alive and saving: the device is not free before that is known.
-                self.held[job.job_id] = job.device or self._devices[0]
+                self.held[job.job_id] = job.device or self.devices[0]
 
     async def begin(self, group: anyio.abc.TaskGroup) -> None:
         """Let what the agent itself had paused go on, and start what can start."""
@@ -162,14 +163,21 @@ class JobDesk:
 
             await self._commit(batch, also=keep)
 
-    async def append(self, scope: str, lane: Lane, records: Iterable[AnyRecord]) -> None:
+    async def append(
+        self,
+        scope: str,
+        lane: Lane,
+        records: Iterable[AnyRecord],
+        *,
+        also: Callable[[Tx], None] | None = None,
+    ) -> None:
         """Store records that change no job; over the outbox's quota only lane 0 is taken."""
         batch = Batch()
         for record in records:
             self._append(batch, scope, lane, record)
-        if batch.appends:
+        if batch.appends or also is not None:
             async with self._lock:
-                await self._commit(batch)
+                await self._commit(batch, also)
 
     def next_order(self) -> int:
         """Return a place at the end of the queue."""
@@ -203,7 +211,7 @@ class JobDesk:
         if self.draining or self._group is None:
             return
         current = {**self.jobs, **batch.jobs}
-        for job_id, device in agenda.due(current.values(), self.held, self._devices, self._at_once):
+        for job_id, device in agenda.due(current.values(), self.held, self.devices, self._at_once):
             job = msgspec.structs.replace(current[job_id], device=device)
             self.held[job_id] = device
             self._take(batch, step(job, Trigger.SLOT_FREE, now=self._clock(), by="agent"))
@@ -388,6 +396,21 @@ class JobDesk:
         why = fact.sentence or "The trainer ended without a word."
         self._take(batch, gone(job, fact.attempt, left=fact.left, why=why, now=self._clock(), failure=cause))
 
+    # After a restart
+
+    async def hear_leftovers(self, facts: list[Heard]) -> str:
+        """Take in what a trainer wrote to disk for want of an agent; return what it left for, "" if unsaid."""
+        async with self._lock:
+            await self._hear(list(facts))
+        words = [fact.numbered.event for fact in facts if isinstance(fact.numbered.event, Left)]
+        return words[-1].why if words else ""
+
+    async def bury(self, job_id: str, left: str, why: str) -> None:
+        """Note that the process an earlier agent started for a job is gone."""
+        self.held.pop(job_id, None)
+        await self.change(job_id, lambda job: gone(job, job.attempt, left=left, why=why, now=self._clock()))
+        self._look_idle()
+
     # Ending
 
     async def drain(self) -> None:
@@ -419,14 +442,6 @@ class JobDesk:
     def _look_idle(self) -> None:
         if not self.held:
             self._idle.set()
-
-    def note_worker(self, job_id: str, pid: int, created: float) -> Callable[[Job], tuple[Job, list[Effect]]]:
-        """Return the change that remembers the process of a job, so that a later agent can find it."""
-        return lambda job: (msgspec.structs.replace(job, worker_pid=pid, worker_created=created), [])
-
-    def finite(self, values: dict[str, float]) -> dict[str, float]:
-        """Return only the values that are numbers."""
-        return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 class LaunchFailed(Exception):

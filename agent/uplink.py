@@ -116,6 +116,8 @@ class JournalUplink:
         backlog = await self._desk.journal.write(trim)
         for lane in Lane:
             self._desk.backlog[lane] = list(backlog.get(lane, (0, 0)))
+        if not any(records for records, _ in self._desk.backlog.values()):
+            self._desk.drained.set()
         if key.epoch != self._desk.epoch and seq == self._desk.heads.get(key):
             self._desk.heads.pop(key)
 

@@ -1,7 +1,7 @@
 """Trainers for tests: a supervisor with its facts noted, hostile children, and an agent that can be killed.
 
 A child started with this module does what the name in its environment, BEHAVIOUR, asks for. Run as a program
-(``python -m tests.support.children FOLDER NAME``) it is a small agent with one fake job.
+(``python -m tests.support.children FOLDER NAME STEPS``) it is a small agent with one fake job.
 """
 
 import contextlib
@@ -27,7 +27,9 @@ from protocol.worker import (
     AnyEvent,
     AnyOrder,
     Committed,
+    Left,
     Limits,
+    Metrics,
     Note,
     Numbered,
     Start,
@@ -74,10 +76,10 @@ class Watch:
         self.facts: list[Fact] = []
         self._news = anyio.Event()
 
-    async def until(self, wanted: Callable[[Fact], bool]) -> Fact:
+    async def until(self, wanted: Callable[[Fact], bool], limit: float = DEADLINE) -> Fact:
         """Wait for a fact; those that have come count."""
         seen = 0
-        with anyio.fail_after(DEADLINE):
+        with anyio.fail_after(limit):
             while True:
                 for fact in self.facts[seen:]:
                     if wanted(fact):
@@ -97,9 +99,9 @@ class Watch:
         assert isinstance(fact, Heard)
         return fact.numbered.event
 
-    async def exited(self, attempt: int = 1) -> Exited:
+    async def exited(self, attempt: int = 1, limit: float = DEADLINE) -> Exited:
         """Wait for the end of an attempt."""
-        fact = await self.until(lambda fact: isinstance(fact, Exited) and fact.attempt == attempt)
+        fact = await self.until(lambda fact: isinstance(fact, Exited) and fact.attempt == attempt, limit)
         assert isinstance(fact, Exited)
         return fact
 
@@ -189,8 +191,8 @@ def main(orders: ByteQueue, events: ByteQueue) -> int:
             for number in range(1, int(argument) + 1):
                 say(number, Note("info", str(number)))
             os.kill(os.getpid(), signal.SIGKILL)
-        case "hang up":
-            pass
+        case "stay":
+            say(1, Left("paused", 5))
         case "close":
             events.close_writer()
         case "prints":
@@ -211,7 +213,7 @@ def main(orders: ByteQueue, events: ByteQueue) -> int:
                 "main": [getattr(sys.modules["__main__"], "__file__", None), sys.argv[1:]],
                 "sigint": signal.getsignal(signal.SIGINT) == signal.SIG_IGN,
                 "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
-                "fds": sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in _descriptors()),
+                "fds": _descriptors(),
                 "modules": sorted(sys.modules),
             }
             say(1, Note("info", json.dumps(facts)))
@@ -224,23 +226,29 @@ def main(orders: ByteQueue, events: ByteQueue) -> int:
     return 0
 
 
-def _descriptors() -> list[int]:
-    return [int(name) for name in os.listdir("/proc/self/fd") if Path(f"/proc/self/fd/{name}").exists()]
+def _descriptors() -> list[str]:
+    """What this process has open, apart from the folder that is read to know it."""
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(str(link.readlink()))
+    return sorted(found)
 
 
-async def agent(folder: Path, name: str) -> None:
-    """Be an agent with one fake job; print its identity and then the step of every point."""
+async def agent(folder: Path, name: str, steps: int) -> None:
+    """Be an agent with one fake job: print its identity, then "training", and leave its points in a file."""
     async with supervised() as watch:
         identity = await watch.supervisor.start(
-            "job", start_order(folder, name, max_steps=100_000), env=clean_env(), log=folder / "job.log"
+            "job", start_order(folder, name, max_steps=steps), env=clean_env(), log=folder / "job.log"
         )
         print(json.dumps([identity.pid, identity.create_time]), flush=True)
-        seen = 0
-        while True:
-            await watch.until(lambda fact: len(watch.facts) > seen)
-            seen = len(watch.facts)
-            print(seen, flush=True)
+        await watch.heard(Metrics)
+        print("training", flush=True)
+        end = await watch.exited(limit=600)
+        points = [[point.step, point.time] for point in watch.events(Metrics)]
+        text = json.dumps({"sentence": end.sentence, "faults": watch.faults(), "points": points})
+        (folder / "agent.json").write_text(text)
 
 
 if __name__ == "__main__":
-    anyio.run(agent, Path(sys.argv[1]), sys.argv[2])
+    anyio.run(agent, Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

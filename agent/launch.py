@@ -1,0 +1,250 @@
+"""Gets a job's next attempt going: data fetched, paths resolved, limits set, process started."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+import msgspec
+from loguru import logger
+
+from agent.config import Settings
+from agent.core.control import parsed
+from agent.core.effects import Effect
+from agent.core.job import Job, report
+from agent.core.ports import CheckpointView
+from agent.desk import JobDesk, LaunchFailed
+from agent.net.download import DownloadFailed, fetch_dataset
+from agent.runtime import workspace as places
+from agent.runtime.environment import child_env
+from agent.runtime.leftovers import BadLeftovers, forget_leftovers, read_leftovers
+from agent.runtime.redact import Redactor
+from agent.runtime.supervisor import Heard
+from agent.runtime.tree import orphan_alive, orphan_gone
+from protocol.failures import FailureReason
+from protocol.jobspec import BadSpec, JobSpec
+from protocol.lifecycle import JobState, Want
+from protocol.trainingconfig import job_spec
+from protocol.worker import Limits, Pause, Phase, SetParameters, Start, Stop, Workspace
+
+ORPHAN_WITHIN = 600.0
+"""Seconds that a trainer of an earlier agent is given to save before it is left to itself."""
+
+
+class Launching:
+    """Turns queued jobs into processes; see `agent.desk.Launcher`."""
+
+    def __init__(
+        self,
+        desk: JobDesk,
+        settings: Settings,
+        home: Path,
+        base_env: Mapping[str, str],
+        redactor: Redactor,
+        user_agent: str,
+    ) -> None:
+        self._desk = desk
+        self._settings = settings
+        self._home = home
+        self._base_env = base_env
+        self._redactor = redactor
+        self._user_agent = user_agent
+        self._ours: set[str] = set()
+
+    def is_ours(self, job_id: str) -> bool:
+        """Tell whether this agent started the job's process, not an earlier one."""
+        return job_id in self._ours
+
+    async def launch(self, job: Job) -> None:
+        """Start the job's process. Raises LaunchFailed."""
+        settings = self._settings
+        self._ours.add(job.job_id)
+        try:
+            spec = job_spec(job.job_id, parsed(job.config), job.dataset_path, job.name)
+            data = await self._data(job, spec)
+            space = await anyio.to_thread.run_sync(self._workspace, spec, data)
+            start_at = await anyio.to_thread.run_sync(self._resume_from, job)
+        except BadSpec as error:
+            raise LaunchFailed(FailureReason.SPEC, str(error)) from None
+        except DownloadFailed as error:
+            raise LaunchFailed(FailureReason.DATA, str(error)) from None
+        except places.WorkspaceError as error:
+            raise LaunchFailed(error.reason, str(error)) from None
+        except OSError as error:
+            raise LaunchFailed(
+                FailureReason.DISK_FULL, f"The job's folders cannot be made: {error}."
+            ) from None
+        job = self._desk.job(job.job_id)
+        order = Start(
+            spec,
+            job.attempt,
+            space,
+            self._limits(spec),
+            start_at,
+            first_event=1,
+            stop_at_once=job.want is Want.STOP,
+            parameters=job.parameters,
+        )
+        log = settings.logs_dir / f"{job.job_id}.log"
+        try:
+            identity = await self._desk.supervisor.start(
+                job.job_id, order, env=self._env(job.device), log=log
+            )
+        except OSError as error:
+            raise LaunchFailed(FailureReason.INTERNAL, f"The trainer cannot be started: {error}.") from None
+        await self._desk.change(
+            job.job_id,
+            lambda now: (
+                msgspec.structs.replace(now, worker_pid=identity.pid, worker_created=identity.create_time),
+                [],
+            ),
+        )
+        self._catch_up(job)
+
+    def _catch_up(self, before: Job) -> None:
+        """Tell the worker what was wanted while it was being started."""
+        job = self._desk.job(before.job_id)
+        if job.parameters != before.parameters:
+            self._desk.supervisor.ask(job.job_id, SetParameters(job.parameters))
+        if job.state is JobState.PAUSING:
+            self._desk.supervisor.ask(job.job_id, Pause())
+        elif job.want is Want.STOP and before.want is not Want.STOP:
+            self._desk.supervisor.ask(job.job_id, Stop())
+
+    async def _data(self, job: Job, spec: JobSpec) -> str:
+        """Return where the job's data lie: fetched from the backend, local, or a Hub name."""
+        settings = self._settings
+        if not job.dataset_sha256:
+            return await anyio.to_thread.run_sync(
+                lambda: places.data_source(spec.data.path, settings.datasets_dir, hub=settings.allow_hub)
+            )
+        await self._desk.change(
+            job.job_id,
+            lambda now: _in_phase(now, Phase.DOWNLOAD, f"fetching {job.dataset_size} bytes of data"),
+        )
+        token = await self._desk.journal.read(lambda rows: rows.get_secret(job.job_id, "job_token"))
+        path = await fetch_dataset(
+            settings.backend_url,
+            job.job_id,
+            token or "",
+            sha256=job.dataset_sha256,
+            size=job.dataset_size,
+            folder=settings.datasets_dir / ".fetched",
+            user_agent=self._user_agent,
+        )
+        return str(path)
+
+    def _workspace(self, spec: JobSpec, data: str) -> Workspace:
+        settings = self._settings
+        folders = places.prepare(
+            spec.job_id,
+            models_dir=settings.models_dir,
+            checkpoints_dir=settings.checkpoints_dir,
+            logs_dir=settings.logs_dir,
+            cache_dir=self._home / "cache",
+        )
+        evaluation = (
+            places.data_source(spec.data.eval_path, settings.datasets_dir, hub=settings.allow_hub)
+            if spec.data.eval_path
+            else ""
+        )
+        tokenizer = (
+            places.model_source(spec.tokenizer.name, settings.models_dir, hub=settings.allow_hub)
+            if spec.tokenizer.name and spec.tokenizer.name != spec.model.name
+            else ""
+        )
+        return Workspace(
+            checkpoints=str(folders.checkpoints),
+            output=str(folders.output),
+            cache=str(folders.cache),
+            model=places.model_source(spec.model.name, settings.models_dir, hub=settings.allow_hub),
+            data=data,
+            eval_data=evaluation,
+            tokenizer=tokenizer,
+        )
+
+    def _resume_from(self, job: Job) -> str:
+        """Return the folder of the checkpoint that was asked for; "" where the newest good one will do."""
+        if not job.checkpoint:
+            return ""
+        folder = self._settings.checkpoints_dir / job.job_id
+        if job.checkpoint == "best":
+            best = [one for one in places.checkpoints_of(folder) if one["is_best"]]
+            if not best:
+                raise LaunchFailed(
+                    FailureReason.CHECKPOINT, f"Job {job.job_id} has no best checkpoint to resume from."
+                )
+            return best[0]["path"]
+        return str(places.resolve_under(folder, job.checkpoint, "checkpoint"))
+
+    def _limits(self, spec: JobSpec) -> Limits:
+        settings = self._settings
+        return Limits(
+            gpu_memory_fraction=settings.gpu_memory_fraction,
+            mixed_precision=settings.enable_mixed_precision,
+            remote_code=spec.model.name in settings.allow_remote_code,
+            logging_steps=settings.metrics_report_interval_steps,
+            save_steps=settings.checkpoint_interval_steps,
+            hub=settings.allow_hub,
+        )
+
+    def _env(self, device: str) -> dict[str, str]:
+        temporary = self._home / "tmp"
+        temporary.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return child_env(
+            self._base_env,
+            devices="" if device == "cpu" else device,
+            workspace=str(temporary),
+            passed=self._settings.pass_to_trainer,
+            threads=self._settings.trainer_threads or None,
+        )
+
+    async def keep_warm(self) -> None:
+        """Keep a trainer with its imports done standing by, for ever."""
+        while True:
+            device = next(iter(self._free()), self._desk.devices[0])
+            log = self._home / "warm.log"
+            try:
+                await self._desk.supervisor.keep_warm(self._env(device), log)
+            except OSError as error:
+                logger.warning("no trainer stands by: {}", error)
+            await anyio.sleep(5)
+
+    def _free(self) -> list[str]:
+        return [one for one in self._desk.devices if one == "cpu" or one not in self._desk.held.values()]
+
+    async def list_checkpoints(self, job_id: str) -> list[CheckpointView]:
+        """Return the job's checkpoints on disk."""
+        folder = self._settings.checkpoints_dir / job_id
+        found = await anyio.to_thread.run_sync(places.checkpoints_of, folder)
+        return [msgspec.convert(one, CheckpointView) for one in found]
+
+    # After a restart
+
+    async def take_over(self, job_id: str) -> None:
+        """Bury a trainer that an earlier agent left: wait until it has saved, and take in what it wrote."""
+        job = self._desk.job(job_id)
+        if job.worker_pid and orphan_alive(job.worker_pid, job.worker_created):
+            logger.info("job {}: its trainer ({}) is still saving; waiting for it", job_id, job.worker_pid)
+            if not await orphan_gone(job.worker_pid, job.worker_created, ORPHAN_WITHIN):
+                logger.error(
+                    "job {}: its trainer {} of an earlier start does not end", job_id, job.worker_pid
+                )
+        folder = self._settings.checkpoints_dir / job_id
+        left = ""
+        try:
+            events = await anyio.to_thread.run_sync(read_leftovers, folder)
+            left = await self._desk.hear_leftovers(
+                [Heard(job_id, numbered.attempt, numbered, raw) for numbered, raw in events]
+            )
+            await anyio.to_thread.run_sync(forget_leftovers, folder)
+        except BadLeftovers as error:
+            logger.warning("{}", error)
+        why = "The agent was restarted." if left else "The agent was restarted and its trainer is gone."
+        await self._desk.bury(job_id, left or "parent_lost", why)
+
+
+def _in_phase(job: Job, phase: Phase, detail: str) -> tuple[Job, list[Effect]]:
+    job = msgspec.structs.replace(job, phase=phase, detail=detail)
+    return job, [report(job, time.time())]

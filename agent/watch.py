@@ -1,0 +1,152 @@
+"""Looks at the machine and at the logs of running jobs, and reports what it sees."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+from loguru import logger
+
+from agent.config import Settings
+from agent.core.job import Job
+from agent.core.outbox import chunks
+from agent.core.ports import LogPage
+from agent.desk import JobDesk
+from agent.runtime import devices
+from agent.runtime.journal import Tx
+from agent.runtime.logs import Chunk, LogTail, read_lines
+from agent.runtime.redact import Redactor
+from protocol.jobspec import RUNNABLE
+from protocol.messages import Figures, Lane, LogChunk, Machine, Values
+from protocol.version import AGENT_VERSION
+
+LOG_EVERY = 1.0
+"""Seconds between looks at the logs of running jobs."""
+GPU_FREE_WITHIN = 15.0
+"""Seconds in which a dead process's memory must have left the device."""
+
+
+class Watch:
+    """What the agent sees of its machine."""
+
+    def __init__(self, desk: JobDesk, settings: Settings, redactor: Redactor) -> None:
+        self.inventory: devices.Inventory | None = None
+        self.figures: dict[str, float] = {}
+        self.dialled = anyio.Event()
+        """Set once the first dial has come to something: what may wait for it goes on."""
+        self._desk = desk
+        self._settings = settings
+        self._redactor = redactor
+        self._tails: dict[str, LogTail] = {}
+        self._looking = anyio.Lock()
+        self._paths = [settings.checkpoints_dir, settings.models_dir, settings.agent_home]
+
+    async def look(self) -> devices.Inventory:
+        """Take stock of the machine, once."""
+        async with self._looking:
+            if self.inventory is None:
+                self.inventory = await anyio.to_thread.run_sync(devices.inventory, self._paths)
+                if self.inventory.gpu_problem:
+                    logger.warning("{}", self.inventory.gpu_problem)
+            return self.inventory
+
+    def devices(self) -> list[str]:
+        """Return the devices that jobs may use: numbers or UUIDs of GPUs, or "cpu" where there is none."""
+        chosen = list(self._settings.devices)
+        if chosen:
+            return chosen
+        gpus = self.inventory.gpus if self.inventory else []
+        return [str(gpu.index) for gpu in gpus] or ["cpu"]
+
+    async def machine(self) -> Machine:
+        """Return what HELLO tells of the machine; the owner may keep its name back."""
+        seen = await self.look()
+        return Machine(
+            hostname=seen.hostname if self._settings.share_hostname else "",
+            platform=seen.platform,
+            os=seen.os,
+            python=seen.python,
+            version=AGENT_VERSION,
+            cpu=seen.cpu,
+            cpu_cores=seen.cpu_cores,
+            ram_gb=seen.ram_gb,
+            disk_total_gb=seen.disk_total_gb,
+            disk_free_gb=seen.disk_free_gb,
+            gpus=seen.gpus,
+            methods=[str(method) for method in RUNNABLE],
+            network=dict(seen.network),
+            max_concurrent_jobs=self._settings.max_concurrent_jobs,
+        )
+
+    async def gpu_released(self, pids: frozenset[int]) -> bool:
+        """Tell whether none of these processes holds memory of a GPU any more; waits a while for it."""
+        seen = await self.look()
+        if not seen.gpus:
+            return True
+        with anyio.move_on_after(GPU_FREE_WITHIN):
+            # The driver tells nobody when a process has left a device: it has to be asked.
+            while await anyio.to_thread.run_sync(devices.gpu_pids) & pids:  # noqa: ASYNC110
+                await anyio.sleep(0.1)
+            return True
+        return False
+
+    async def send_figures(self) -> None:
+        """Report GPU, CPU, memory, disk and network at their own interval, for ever."""
+        sampler = devices.Sampler(self._paths)
+        while True:
+            await anyio.sleep(self._settings.gpu_monitoring_interval_seconds)
+            self.figures = await anyio.to_thread.run_sync(sampler.sample)
+            if self._settings.backend_url:
+                values: Values = {**self.figures}
+                await self._desk.append("", Lane.METRICS, [Figures(time.time(), values)])
+
+    # Logs
+
+    async def follow_logs(self) -> None:
+        """Send what running jobs print, for ever; what a job printed last is sent after its end."""
+        while True:
+            running: Mapping[str, str] = dict(self._desk.held)
+            for job_id in {*running, *self._tails}:
+                await self._send_new(job_id, ended=job_id not in running)
+            await anyio.sleep(LOG_EVERY)
+
+    async def _send_new(self, job_id: str, *, ended: bool = False) -> None:
+        job = self._desk.jobs.get(job_id)
+        if job is None or not job.from_backend or not self._settings.share_logs:
+            return
+        tail = self._tails.get(job_id)
+        if tail is None:
+            start = await self._desk.journal.read(lambda rows: rows.get_meta(f"log:{job_id}"))
+            tail = self._tails[job_id] = LogTail(
+                self._path(job_id), self._redactor.redact, offset=int(start or 0)
+            )
+        while (chunk := await anyio.to_thread.run_sync(tail.read_new)) is not None:
+            await self._ship(job, chunk, tail.offset)
+        if ended:
+            if (last := await anyio.to_thread.run_sync(tail.finish)) is not None:
+                await self._ship(job, last, tail.offset)
+            self._tails.pop(job_id, None)
+
+    async def _ship(self, job: Job, chunk: Chunk, offset: int) -> None:
+        whole = LogChunk(time.time(), job.attempt, chunk.offset, chunk.lines)
+
+        def keep_place(tx: Tx) -> None:
+            tx.set_meta(f"log:{job.job_id}", str(offset))
+
+        await self._desk.append(job.job_id, Lane.LOGS, chunks(whole), also=keep_place)
+
+    async def send_log_from(self, job_id: str, offset: int) -> None:
+        """Send the job's log again from byte ``offset`` on."""
+        self._desk.job(job_id)
+        self._tails[job_id] = LogTail(self._path(job_id), self._redactor.redact, offset=offset)
+        await self._send_new(job_id)
+
+    async def read_log(self, job_id: str, limit: int, offset: int) -> LogPage:
+        """Return lines of the job's log file, redacted."""
+        path, redact = self._path(job_id), self._redactor.redact
+        lines, total = await anyio.to_thread.run_sync(read_lines, path, offset, limit, redact)
+        return LogPage(logs=lines, total_lines=total, offset=offset, limit=limit)
+
+    def _path(self, job_id: str) -> Path:
+        return self._settings.logs_dir / f"{job_id}.log"
