@@ -364,21 +364,17 @@ def _spread(rows: datasets.Dataset, count: int) -> list[dict[str, Any]]:
 def _warn_of_long_rows(
     rows: datasets.Dataset, tokenizer: Any, cover: templates.Coverage, max_length: int, note: Note
 ) -> None:
-    """Say how many rows are cut at ``max_length``, and how many lose their whole answer by it."""
+    """Say how many rows are cut at ``max_length``."""
     sample = _spread(rows, COUNTED)
-    long = barren = 0
-    for row in sample:
-        length, first = templates.count_tokens(tokenizer, row, cover)
-        long += length > max_length
-        barren += first >= max_length
-    if not long:
-        return
-    of = (
-        f"{len(sample)} rows"
-        if len(sample) == len(rows)
-        else f"{len(sample)} rows looked at ({len(rows)} in all)"
-    )
-    text = f"{long} of {of} are longer than max_length={max_length} tokens and are cut there"
-    if barren:
-        text += f"; {barren} of them lose their whole answer, and nothing is learnt from them"
-    note("warning", f"{text}. Raise max_length, or turn packing on, which cuts nothing off.")
+    long = sum(templates.count_tokens(tokenizer, row, cover) > max_length for row in sample)
+    if long:
+        seen = (
+            f"{len(rows)} rows"
+            if len(sample) == len(rows)
+            else f"{len(sample)} of the {len(rows)} rows looked at"
+        )
+        note(
+            "warning",
+            f"{long} of {seen} are longer than max_length={max_length} tokens and are cut there. "
+            "Raise max_length, or turn packing on, which cuts nothing off.",
+        )

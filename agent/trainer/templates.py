@@ -176,30 +176,14 @@ def _mask_fault(tokenizer: Any, template: str | None, rows: Sequence[Mapping[str
     return ""
 
 
-def count_tokens(tokenizer: Any, row: Mapping[str, Any], cover: Coverage) -> tuple[int, int]:
-    """Return how many tokens ``row`` has, and the place of the first one that the loss is taken on."""
-    if "text" in row:
-        return len(tokenizer(row["text"])["input_ids"]) + 1, 0
+def count_tokens(tokenizer: Any, row: Mapping[str, Any], cover: Coverage) -> int:
+    """Return how many tokens ``row`` has."""
     turns = turns_of(row)
     if turns is None:
-        return len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) + 1, len(
-            tokenizer(row["prompt"])["input_ids"]
-        )
+        text = row["text"] if "text" in row else row["prompt"] + row["completion"]
+        # TRL ends plain text with the end-of-sequence token.
+        return len(tokenizer(text)["input_ids"]) + 1
     encoded = tokenizer.apply_chat_template(
-        turns,
-        tools=tools_of(row),
-        chat_template=cover.template,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=cover.assistant_only,
+        turns, tools=tools_of(row), chat_template=cover.template, tokenize=True, return_dict=True
     )
-    length = len(encoded["input_ids"])
-    if cover.assistant_only:
-        mask = encoded["assistant_masks"]
-        return length, mask.index(1) if 1 in mask else length
-    if "prompt" in row:
-        prompt = tokenizer.apply_chat_template(
-            row["prompt"], tools=tools_of(row), tokenize=True, return_dict=True, add_generation_prompt=True
-        )
-        return length, len(prompt["input_ids"])
-    return length, 0
+    return len(encoded["input_ids"])
