@@ -1,5 +1,6 @@
 """One table: method -> trainer; and a job's hyper-parameters in the trainer's own words."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -59,6 +60,8 @@ def arguments(spec: JobSpec, precision: Precision, folder: str, *, assistant_onl
             bf16=precision.bf16,
             fp16=precision.fp16,
             seed=training.seed,
+            # Else bfloat16 is refused on a machine without a device.
+            use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
             dataloader_num_workers=workers,
             dataloader_prefetch_factor=training.dataloader_prefetch_factor if workers else None,
             # Pinned memory without a device is a warning and a waste.
@@ -80,15 +83,18 @@ def build(
 ) -> ControlledSFTTrainer:
     """Return the trainer of a job; its rows are tokenised and packed here."""
     try:
-        return trainer_class(spec.method)(
-            model=loaded.model,
-            args=args,
-            train_dataset=train,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
-            peft_config=loaded.adapter,
-            job=job,
-        )
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks transformers by a name that 5.23 has renamed; both versions are pinned.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            return trainer_class(spec.method)(
+                model=loaded.model,
+                args=args,
+                train_dataset=train,
+                eval_dataset=held_out,
+                processing_class=tokenizer,
+                peft_config=loaded.adapter,
+                job=job,
+            )
     except ImportError as error:
         raise TrainerError(
             FailureReason.SPEC, f"training.optim: {training_needs(spec)} ({str(error).splitlines()[0]})"

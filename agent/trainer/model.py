@@ -119,6 +119,7 @@ def load_model(
         )
     model = load_base(spec, workspace, limits, precision.weights, _bits(quantization))
     check_vocabulary(tokenizer, model, workspace)
+    _keep_differentiable(model)
     facts = dict(precision.facts)
     if quantization is not None:
         held = quantization.quant_type if quantization.bits == 4 else "int8"
@@ -194,6 +195,17 @@ def lora_config(spec: JobSpec, model: Any) -> LoraConfig | None:
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
     )
+
+
+def _keep_differentiable(model: Any) -> None:
+    """Keep 4-bit layers on a CPU in the form that has a gradient.
+
+    On a CPU with AVX512-BF16 bitsandbytes repacks them at the first evaluation, for a kernel without a backward
+    pass; from then on the layers below get no gradient, and nothing but a warning says so.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _bits(quantization: Quantization | None) -> BitsAndBytesConfig | None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import datasets
 import msgspec
-import torch
 from datasets.exceptions import DatasetGenerationError
 
 from agent.trainer import data, memory, methods, samples
@@ -46,6 +45,8 @@ def train(start: Start, line: Any) -> int:
         _Run(start, inbox).go()
     except Leaving as leaving:
         line.say(Left(leaving.why, leaving.step))
+    finally:
+        data.discard(start.spec, start.workspace)
     line.flush(FLUSH_LIMIT)
     return 0
 
@@ -367,8 +368,3 @@ class _Run:
 def _is_chat(rows: datasets.Dataset) -> bool:
     """Tell whether the rows are conversations, so that a prompt belongs into the chat template."""
     return "messages" in rows.column_names or isinstance(rows[0].get("prompt"), list)
-
-
-def device_words() -> str:
-    """Return the device in words, for a failure's sentence."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"

@@ -21,7 +21,7 @@ class Answer:
     log_likelihood: float | None
 
 
-class _Listen(StoppingCriteria):
+class _Listen(StoppingCriteria):  # type: ignore[misc]
     """Looks at the orders after every token."""
 
     def __init__(self, listen: Callable[[], None]) -> None:
@@ -32,7 +32,7 @@ class _Listen(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def answer(
     model: Any, tokenizer: Any, sample: SampleSpec, *, chat: bool, room: int, listen: Callable[[], None]
 ) -> Answer:

@@ -26,7 +26,27 @@ CHAT_TEMPLATE = (
 PLAIN_TEMPLATE = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 """The same without the marks."""
 
-WORDS = "red green blue one two three cat dog bird sun moon star runs sleeps sings under over the a".split()
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "one",
+    "two",
+    "three",
+    "cat",
+    "dog",
+    "bird",
+    "sun",
+    "moon",
+    "star",
+    "runs",
+    "sleeps",
+    "sings",
+    "under",
+    "over",
+    "the",
+    "a",
+]
 
 
 def sentence(rng: random.Random, words: int) -> str:
@@ -89,8 +109,8 @@ def build_model(folder: Path, vocabulary: int, **changes: Any) -> Path:
     config = LlamaConfig(
         **{
             "vocab_size": vocabulary,
-            "hidden_size": 32,
-            "intermediate_size": 64,
+            "hidden_size": 64,  # bitsandbytes packs rows in blocks of 64
+            "intermediate_size": 128,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,

@@ -1,0 +1,227 @@
+"""The curve: what is counted in each micro-batch, the points that are sent, and the held-out loss.
+
+TRL waits for the device several times in every micro-batch to log entropy and accuracy. Here losses and counts
+stay on the device until a point is due.
+"""
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from agent.trainer import memory
+from agent.trainer.errors import TrainerError
+from agent.trainer.inbox import Leaving
+from agent.trainer.progress import perplexity
+from agent.trainer.randomness import unmoved
+from protocol.failures import FailureReason
+from protocol.worker import Metrics
+
+if TYPE_CHECKING:
+    _Trainer = Any  # one of TRL's, which stands behind this class in the list of bases
+else:
+    _Trainer = object
+
+logger = logging.getLogger("agent.trainer")
+
+
+class _PutOff(Exception):
+    """An evaluation was given up because the process must leave."""
+
+
+class Curve(_Trainer):  # type: ignore[misc]
+    """The measuring half of `agent.trainer.control.ControlledMixin`; ``self.job`` is set there."""
+
+    def _start_counting(self) -> None:
+        self._tokens = 0
+        self._device_tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        self._samples = 0
+        self._window_began = self._began = self._steps_began = time.monotonic()
+        self._elapsed_before = self.job.progress.elapsed
+        self._start_step = 0
+        self._held_out: Any = None
+
+    def _resume_counting(self) -> None:
+        """Take up the counters where the checkpoint left them."""
+        progress = self.job.progress
+        self._start_step = self.state.global_step
+        self._tr_loss.fill_(progress.window_loss)
+        self._globalstep_last_logged = self.state.global_step - progress.window_steps
+        self._tokens, self._samples = progress.window_tokens, progress.window_samples
+
+    def _start_clock(self) -> None:
+        """Begin to count the time of steps; what came before is not training."""
+        self._steps_began = time.monotonic()
+        self._window_began = self._steps_began - self.job.progress.window_seconds
+
+    def _store_counters(self) -> None:
+        """Bring the counters up to date for a checkpoint of this step."""
+        progress = self.job.progress
+        self._drain()
+        progress.window_loss = self._tr_loss.item()
+        progress.window_steps = self.state.global_step - self._globalstep_last_logged
+        progress.window_tokens, progress.window_samples = self._tokens, self._samples
+        progress.window_seconds = time.monotonic() - self._window_began if progress.window_steps else 0.0
+        self.finish_counters()
+
+    def finish_counters(self) -> None:
+        """Bring the total time up to date."""
+        self.job.progress.elapsed = self._elapsed_before + time.monotonic() - self._began
+
+    def _score(self, model: Any, inputs: Any) -> Any:
+        """Return log-probabilities of the labels; the cache is off, or packed documents would see one another."""
+        inputs["use_cache"] = False
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        return model(**inputs, fused_lm_head=True)
+
+    def _count(self, inputs: Any) -> None:
+        """Count the real tokens and rows of a micro-batch without waiting for the device."""
+        mask = inputs.get("attention_mask")
+        if mask is not None:
+            self._device_tokens += mask.sum()
+            self._samples += mask.shape[0]
+        else:  # packed: no padding, and the documents' borders come with the batch
+            self._tokens += inputs["input_ids"].numel()
+            self._samples += inputs["cu_seq_lens_q"].numel() - 1
+
+    def _drain(self) -> None:
+        """Bring the device's token count over; waits for the device."""
+        self._tokens += int(self._device_tokens.item())
+        self._device_tokens.zero_()
+
+    def _measure(
+        self, tr_loss: torch.Tensor, grad_norm: Any, learning_rate: float | None
+    ) -> dict[str, float]:
+        """Return the train values since the last point, and count them."""
+        progress, step = self.job.progress, self.state.global_step
+        loss = tr_loss.item() / max(1, step - self._globalstep_last_logged)
+        self._drain()
+        seconds = max(1e-9, time.monotonic() - self._window_began)
+        values = {
+            "train_loss": loss,
+            "train_perplexity": perplexity(loss),
+            "learning_rate": self._get_learning_rate() if learning_rate is None else learning_rate,
+            "samples_per_second": self._samples / seconds,
+            "tokens_per_second": self._tokens / seconds,
+        }
+        if grad_norm is not None:
+            values["grad_norm"] = float(grad_norm)
+        progress.add_train_loss(loss)
+        progress.tokens_seen += self._tokens
+        tr_loss.zero_()
+        self._globalstep_last_logged = step
+        self._tokens = self._samples = 0
+        self._window_began = time.monotonic()
+        if not self._is_finite(loss, values.get("grad_norm", 0.0)):
+            self._say_point(step, values)
+            raise self._not_finite(step, "loss" if not math.isfinite(loss) else "gradient")
+        return values
+
+    def _is_finite(self, loss: float, norm: float) -> bool:
+        # With float16 the scaler skips a step whose gradient overflowed, and nothing is harmed.
+        return math.isfinite(loss) and (math.isfinite(norm) or self.accelerator.optimizer_step_was_skipped)
+
+    def _not_finite(self, step: int, what: str) -> TrainerError:
+        return TrainerError(
+            FailureReason.NON_FINITE_LOSS,
+            f"The {what} is not a finite number at optimizer step {step}, so the weights are of no use from there on. "
+            "Lower the learning rate, raise warmup_steps, or look at the rows of that step; "
+            "the last checkpoint is from before it.",
+            step=step,
+        )
+
+    def _say_point(self, step: int, values: dict[str, float]) -> None:
+        """Send one point of the curve with the counters that belong to each."""
+        progress = self.job.progress
+        now = time.monotonic()
+        done = step - self._start_step
+        total = max(1, self.state.max_steps)
+        epoch = float(self.state.epoch or 0.0)
+        common = {
+            "epoch": epoch,
+            "progress": 100.0 * step / total,
+            "elapsed_seconds": self._elapsed_before + now - self._began,
+            "tokens_seen": float(progress.tokens_seen),
+            "epochs_without_improvement": float(progress.without_improvement),
+            **memory.figures(),
+        }
+        if done > 0:
+            common["eta_seconds"] = (now - self._steps_began) / done * max(0, self.state.max_steps - step)
+        if progress.best_eval_loss is not None:
+            common["best_eval_loss"] = progress.best_eval_loss
+            common["best_step"] = float(progress.best_step)
+            common["best_epoch"] = progress.best_epoch
+        self.job.inbox.line.say(Metrics(step, epoch, time.time(), {**common, **values}, progress.trend()))
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if k.endswith(("loss", "rate", "norm")))
+        logger.info("step %d of %d: %s", step, self.state.max_steps, shown)
+
+    def _lacks_evaluation(self) -> bool:
+        return self.eval_dataset is not None and self.job.progress.eval_step != self.state.global_step
+
+    def _evaluate_first(self) -> None:
+        """Measure the held-out loss of the untrained model."""
+        if self.eval_dataset is None:
+            return
+        try:
+            loss = self._held_out_loss()
+        except _PutOff:
+            # Nothing has been trained: the next attempt begins anew and loses nothing.
+            raise Leaving(self.job.inbox.leaving, 0) from None
+        progress = self.job.progress
+        progress.initial_eval_loss = progress.eval_loss = loss
+        progress.eval_step = 0
+        self._say_point(0, {"eval_loss": loss, "perplexity": perplexity(loss)})
+
+    def _evaluate_at(self, step: int, values: dict[str, float]) -> bool:
+        """Evaluate and send one point with ``values``; False if it was put off because the process must leave."""
+        job, progress = self.job, self.job.progress
+        with self._off_the_clock():
+            try:
+                if job.inbox.leaving:
+                    raise _PutOff
+                loss = self._held_out_loss()
+            except _PutOff:
+                if values:
+                    self._say_point(step, values)
+                progress.owed = values
+                return False
+        progress.owed = None
+        job.inbox.evaluations.clear()
+        progress.add_eval_loss(loss, step, float(self.state.epoch or 0.0), job.schedule.threshold)
+        self._say_point(step, {**values, "eval_loss": loss, "perplexity": perplexity(loss)})
+        return True
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def _held_out_loss(self) -> float:
+        """Return the mean loss over every held-out token. Raises _PutOff if the process must leave meanwhile."""
+        if self._held_out is None:
+            self._held_out = self.get_eval_dataloader()
+        model, inbox = self.model, self.job.inbox
+        model.eval()
+        wide = torch.float64 if self.args.device.type != "mps" else torch.float32
+        total = torch.zeros((), dtype=wide, device=self.args.device)
+        count = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        with unmoved():
+            for batch in self._held_out:
+                inbox.listen()
+                if inbox.leaving:
+                    raise _PutOff
+                with self.compute_loss_context_manager():
+                    outputs = self._score(model, self._prepare_inputs(batch))
+                total -= outputs.log_probs.sum()
+                count += outputs.label_mask.sum()
+        return float(total.item() / max(1, count.item()))
+
+    @contextlib.contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        """Keep what is done inside out of the tokens per second."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._window_began += time.monotonic() - began
