@@ -12,7 +12,7 @@ import os
 import stat
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -176,6 +176,12 @@ def load_for_program(
 
 def environment() -> dict[str, str]:
     """Return a copy of this process's environment, for the command line to build a child's from."""
+    return dict(os.environ)
+
+
+def cut_own(cut: Callable[[MutableMapping[str, str]], None]) -> dict[str, str]:
+    """Cut this process's own environment down with ``cut``, and return a copy of what is left."""
+    cut(os.environ)
     return dict(os.environ)
 
 

@@ -10,9 +10,9 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from agent.local import TOKEN_FILE
 from agent.setting_values import is_address, is_loopback
 
-TOKEN_FILE = "local_token"  # noqa: S105 - a file's name
 OPEN_PATHS = frozenset({"/health"})
 
 PAGE_PATHS = ("/health", "/api/training/checkpoints/")

@@ -11,8 +11,10 @@ import uvicorn
 from loguru import logger
 from starlette.types import ASGIApp
 
-ADDRESS_FILE = "local_api"
-"""In AGENT_HOME while the API is up: its URL, for the command line."""
+from agent.local import ADDRESS_FILE
+
+__all__ = ["ADDRESS_FILE", "serve"]
+
 MAX_CONNECTIONS = 128
 
 
@@ -24,7 +26,10 @@ class _Server(uvicorn.Server):
 
 
 async def serve(app: ASGIApp, host: str, port: int, address_file: Path | None = None) -> None:
-    """Serve until cancelled. A port that cannot be had is a warning: the agent goes on without."""
+    """Serve until cancelled. A port that cannot be had is a warning: the agent goes on without.
+
+    ``address_file`` (AGENT_HOME/local_api) holds the URL while it is up, for the command line.
+    """
     try:
         listener = await _listen(host, port)
     except OSError as error:

@@ -1,0 +1,12 @@
+"""The program. A spawned trainer imports this module again, so it imports nothing at its top."""
+
+
+def main() -> None:
+    """Run the command line."""
+    from agent.cli import main as command_line
+
+    command_line()
+
+
+if __name__ == "__main__":
+    main()
