@@ -1,0 +1,275 @@
+"""The WebSocket that agents dial: `/api/training/agent/connect`."""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+import anyio
+from starlette.responses import JSONResponse
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from agent.hub import ingest
+from agent.hub.errors import Refusal, StoreFailed, StreamRefused
+from agent.hub.feed import AGENTS
+from agent.hub.greeting import Greeting, greet, parted
+from agent.hub.hub import Hub
+from protocol.codec import BadMessage, Codec
+from protocol.messages import SUBPROTOCOLS, Close, Command, Desired, Goaway
+from protocol.rest import HEADER_AGENT
+from protocol.session import Apply, Buried, Greeted, HubSession, Key, Left, Opened
+
+log = logging.getLogger("agent.hub")
+
+UNCOMMITTED = 16
+"""Frames of one agent that may wait for their commit; more are not read, and TCP holds the sender."""
+CLOSE_WITHIN = 5.0
+DRAIN_RETRY_S = 1.0
+
+
+async def connect(socket: WebSocket, hub: Hub) -> None:
+    """Answer the upgrade, then serve the agent until either side leaves."""
+    try:
+        await hub.keys.require(socket.headers)
+    except Refusal as refusal:
+        await socket.send_denial_response(JSONResponse({"error": refusal.sentence}, refusal.status))
+        return
+    offered = socket.scope.get("subprotocols") or []
+    chosen = next((name for name in SUBPROTOCOLS if name in offered), None)
+    if chosen is None:
+        sentence = f"No known subprotocol was offered. This hub speaks {' and '.join(SUBPROTOCOLS)}."
+        await socket.send_denial_response(JSONResponse({"error": sentence}, 400))
+        return
+    await socket.accept(subprotocol=chosen)
+    await Connection(hub, socket, Codec(chosen), socket.headers.get(HEADER_AGENT)).run()
+
+
+class Connection:
+    """One socket of one agent."""
+
+    def __init__(self, hub: Hub, socket: WebSocket, codec: Codec, named: str | None) -> None:
+        self._hub = hub
+        self._socket = socket
+        self._codec = codec
+        self._named = named
+        self._session = HubSession(time.monotonic())
+        self._wake = asyncio.Event()
+        self._settled = asyncio.Event()
+        self._pending: deque[tuple[Key, asyncio.Future[ingest.Applied]]] = deque()
+        self._room = asyncio.Semaphore(UNCOMMITTED)
+        self.agent_id = ""
+        self.pair = (0, 0)
+        self.ended = False
+
+    def __repr__(self) -> str:
+        return f"<Connection {self.agent_id or 'unknown agent'} {self._session!r}, {len(self._pending)} uncommitted>"
+
+    # Line
+
+    def say(self, message: Desired | Command) -> None:
+        """Send soon."""
+        self._session.say(message)
+        self._wake.set()
+
+    def leave(self, reason: str) -> None:
+        """Tell the agent that the hub goes away, and close."""
+        self._session.say(Goaway(reason, DRAIN_RETRY_S))
+        self.close(Close.DRAIN, reason)
+
+    def close(self, code: int, reason: str) -> None:
+        """Close with a reason the agent can act on."""
+        self._session.close(code, reason)
+        self._wake.set()
+
+    # The four tasks
+
+    async def run(self) -> None:
+        try:
+            async with anyio.create_task_group() as group:
+
+                async def part(task: Callable[[], Awaitable[None]]) -> None:
+                    with suppress(WebSocketDisconnect, OSError):
+                        await task()
+                    group.cancel_scope.cancel()
+
+                for task in (self._read, self._write, self._settle, self._watch):
+                    group.start_soon(part, task)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._parted()
+
+    async def _read(self) -> None:
+        while self._session.closing is None:
+            message = await self._socket.receive()
+            if message["type"] == "websocket.disconnect":
+                return
+            data = message.get("bytes")
+            try:
+                frame = self._codec.decode_agent(data if data is not None else message["text"])
+            except BadMessage as error:
+                log.warning("%s sent a frame that cannot be read: %s", self.agent_id or "an agent", error)
+                self.close(Close.MALFORMED, str(error))
+                break
+            for news in self._session.receive(frame, time.monotonic()):
+                await self._act(news)
+            self._wake.set()
+        # The closing frame is the writer's; it ends the group.
+        await anyio.sleep(CLOSE_WITHIN)
+
+    async def _act(self, news: Any) -> None:
+        match news:
+            case Greeted():
+                await self._greeted(news)
+            case Opened(key=key):
+                try:
+                    self._session.position(key, await self._position(key))
+                except StreamRefused as refused:
+                    self._session.position(key, 0)
+                    self._session.refuse(key, str(refused))
+            case Apply(key=key, lo=lo, records=records):
+                await self._queue(
+                    key,
+                    lambda db: ingest.apply(
+                        db, self.agent_id, key, lo, records, self._codec, self._hub.clock()
+                    ),
+                )
+            case Buried(key=key, lo=lo, hi=hi, reason=reason):
+                await self._queue(
+                    key,
+                    lambda db: ingest.bury(db, self.agent_id, key, lo, hi, reason, self._hub.clock()),
+                )
+            case Left(reason=reason, until=until):
+                await self._hub.store.write(
+                    lambda db: parted(db, self.agent_id, self._hub.clock(), reason, until)
+                )
+                self._hub.feed.tell(AGENTS)
+
+    async def _position(self, key: Key) -> int:
+        def look(db: Any) -> int:
+            ingest.owned(db, self.agent_id, key.scope)
+            return ingest.position(db, self.agent_id, key)
+
+        return await self._hub.store.write(look)
+
+    async def _queue(self, key: Key, op: Callable[[Any], ingest.Applied]) -> None:
+        await self._room.acquire()
+        self._pending.append((key, self._hub.store.submit(op)))
+        self._settled.set()
+
+    async def _greeted(self, news: Greeted) -> None:
+        hello = news.hello
+        if self._named is not None and self._named != hello.agent_id:
+            self.close(Close.MALFORMED, f"{HEADER_AGENT} says {self._named}, HELLO says {hello.agent_id}")
+            return
+        if any(head.epoch >= 2**63 for head in hello.streams):
+            self.close(Close.MALFORMED, "an epoch has at most 63 bits")
+            return
+        current = self._hub.lines.get(hello.agent_id)
+        now = self._hub.clock()
+        keys = [Key(head.epoch, head.scope, head.lane) for head in hello.streams]
+        answer: Greeting = await self._hub.store.write(
+            lambda db: greet(db, hello, keys, now, connected=current is not None)
+        )
+        if answer.refused is not None:
+            self.close(*answer.refused)
+            return
+        self.agent_id = hello.agent_id
+        self.pair = (hello.boot, hello.attempt)
+        # Another dial may have been greeted while this one waited for the store.
+        rival = self._hub.lines.get(self.agent_id)
+        if isinstance(rival, Connection):
+            if rival.pair >= self.pair:
+                self.close(Close.STALE, f"boot {rival.pair[0]} attempt {rival.pair[1]} has taken over")
+                return
+            rival.ended = True
+            rival.close(Close.STALE, f"boot {hello.boot} attempt {hello.attempt} has taken over")
+        self._hub.lines[self.agent_id] = self
+        self._session.welcome(secrets.token_hex(8), answer.acks, now)
+        for key, reason in answer.closed.items():
+            self._session.refuse(key, reason)
+        for message in answer.desired:
+            self._session.say(message)
+        for command in answer.commands:
+            self._session.say(command)
+        log.info("%s is connected from %s", self.agent_id, hello.machine.hostname)
+        self._hub.feed.tell(AGENTS)
+        await self._hub.place()
+
+    async def _settle(self) -> None:
+        """Acknowledge what is durable, in order."""
+        while True:
+            await self._settled.wait()
+            self._settled.clear()
+            while self._pending:
+                key, future = self._pending[0]
+                try:
+                    # Shielded: a connection that ends here leaves the rest to `_parted`.
+                    applied = await asyncio.shield(future)
+                    self._pending.popleft()
+                except StreamRefused as refused:
+                    self._pending.popleft()
+                    self._session.refuse(key, str(refused))
+                except ingest.Gap as gap:
+                    self._pending.popleft()
+                    self.close(Close.GAP, f"records after {gap.ack} are missing")
+                except StoreFailed as failed:
+                    self._pending.popleft()
+                    log.error("%s", failed)
+                    self.close(1013, "the hub cannot store anything now; keep it and dial again")
+                else:
+                    self._session.committed(key, applied.ack)
+                    await self._hub.stored(applied)
+                finally:
+                    self._room.release()
+                self._wake.set()
+
+    async def _write(self) -> None:
+        while True:
+            self._wake.clear()
+            for message in self._session.outgoing(time.monotonic()):
+                data = self._codec.encode(message)
+                if self._codec.as_json:
+                    await self._socket.send_text(data.decode())
+                else:
+                    await self._socket.send_bytes(data)
+            closing = self._session.closing
+            if closing is not None:
+                code = closing.code if closing.code != 1006 else 1001
+                await self._socket.close(code, _short(closing.reason))
+                return
+            await self._wake.wait()
+
+    async def _watch(self) -> None:
+        """Notice silence, and a peer that does not take what is sent."""
+        while self._session.closing is None:
+            due = self._session.tick(time.monotonic())
+            await anyio.sleep(max(0.05, due - time.monotonic()))
+        self._wake.set()
+        await anyio.sleep(CLOSE_WITHIN)
+
+    async def _parted(self) -> None:
+        if self._hub.lines.get(self.agent_id) is self:
+            del self._hub.lines[self.agent_id]
+            agent_id = self.agent_id
+            try:
+                await self._hub.store.write(lambda db: parted(db, agent_id, self._hub.clock()))
+            except StoreFailed as failed:
+                log.error("%s", failed)
+            log.info("%s has left: %s", agent_id, self._session.closing or "the connection ended")
+            self._hub.feed.tell(AGENTS)
+        # What was received is stored all the same, and the pages hear of it.
+        while self._pending:
+            _, future = self._pending.popleft()
+            try:
+                await self._hub.stored(await future)
+            except (StreamRefused, ingest.Gap, StoreFailed) as error:
+                log.info("after %s had left: %s", self.agent_id, error)
+
+
+def _short(reason: str) -> str:
+    """Cut a reason to what a closing frame holds."""
+    return reason.encode()[:120].decode(errors="ignore")

@@ -1,0 +1,160 @@
+"""The hub's database: SQLite, one writer thread, many writes in one commit.
+
+`write` returns after the commit and not before, so what it returned may be acknowledged.
+"""
+
+import asyncio
+import queue
+import sqlite3
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio.to_thread
+
+from agent.hub.errors import CannotStart, StoreFailed
+from agent.hub.schema import SCHEMA, SCHEMA_VERSION
+
+T = TypeVar("T")
+Db = sqlite3.Connection
+
+MOST_IN_A_COMMIT = 512
+READERS = 3
+
+
+@dataclass
+class _Write:
+    op: Callable[[Db], Any]
+    future: "asyncio.Future[Any]"
+    loop: asyncio.AbstractEventLoop
+
+
+def _settle(done: list[tuple["asyncio.Future[Any]", Any, BaseException | None]]) -> None:
+    for future, value, error in done:
+        if future.cancelled():
+            continue
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(error)
+
+
+class Store:
+    """The one owner of the database file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        self._readers: queue.SimpleQueue[Db] = queue.SimpleQueue()
+        self._limit = anyio.CapacityLimiter(READERS)
+        self._db = self._open()
+        self._prepare(self._db)
+        for _ in range(READERS):
+            self._readers.put(self._open(read_only=True))
+        self._thread = threading.Thread(target=self._work, name="hub-store", daemon=True)
+        self._thread.start()
+        self.commits = 0
+
+    def _open(self, read_only: bool = False) -> Db:
+        db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=30)
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=FULL")
+        db.execute("PRAGMA cache_size=-8192")
+        if sys.platform == "darwin":
+            db.execute("PRAGMA fullfsync=1")
+        if read_only:
+            db.execute("PRAGMA query_only=1")
+        return db
+
+    def _prepare(self, db: Db) -> None:
+        found = db.execute("PRAGMA user_version").fetchone()[0]
+        if found > SCHEMA_VERSION:
+            raise CannotStart(
+                f"{self.path} was written by a newer hub (schema {found}, this one knows {SCHEMA_VERSION}). "
+                "Use the newer version, or another --data-dir."
+            )
+        db.executescript(SCHEMA)
+
+    async def write(self, op: Callable[[Db], T]) -> T:
+        """Run ``op`` in the writer's transaction; return what it returned once that is durable."""
+        return await self.submit(op)
+
+    def submit(self, op: Callable[[Db], T]) -> "asyncio.Future[T]":
+        """Queue ``op`` behind all earlier writes."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._queue.put(_Write(op, future, loop))
+        return future
+
+    async def read(self, op: Callable[[Db], T]) -> T:
+        """Run ``op`` on a reading connection, on another thread."""
+        return await anyio.to_thread.run_sync(self._read, op, limiter=self._limit)
+
+    def _read(self, op: Callable[[Db], T]) -> T:
+        db = self._readers.get()
+        try:
+            return op(db)
+        finally:
+            self._readers.put(db)
+
+    def close(self) -> None:
+        """Commit what waits and close the file."""
+        self._queue.put(None)
+        self._thread.join()
+        for _ in range(READERS):
+            self._readers.get().close()
+        self._db.close()
+
+    def _work(self) -> None:
+        while True:
+            first = self._queue.get()
+            if first is None:
+                return
+            batch = [first]
+            last = False
+            while len(batch) < MOST_IN_A_COMMIT and not last:
+                try:
+                    more = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+                if more is None:
+                    last = True
+                else:
+                    batch.append(more)
+            self._commit(batch)
+            if last:
+                return
+
+    def _commit(self, batch: list[_Write]) -> None:
+        db = self._db
+        done: list[tuple[asyncio.Future[Any], Any, BaseException | None]] = []
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            for write in batch:
+                db.execute("SAVEPOINT one")
+                value, error = None, None
+                try:
+                    value = write.op(db)
+                except sqlite3.Error:
+                    raise
+                except Exception as raised:  # noqa: BLE001  # an edge: it belongs to whoever asked for this write
+                    error = raised
+                    db.execute("ROLLBACK TO one")
+                db.execute("RELEASE one")
+                done.append((write.future, value, error))
+            db.execute("COMMIT")
+            self.commits += 1
+        except sqlite3.Error as error:
+            # A full disk or a bad block: SQLite may have rolled back by itself.
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            failed = StoreFailed(f"the hub's database at {self.path} could not be written: {error}")
+            done = [(write.future, None, failed) for write in batch]
+        loops = {id(write.loop): write.loop for write in batch}
+        for loop in loops.values():
+            mine = [entry for entry, write in zip(done, batch, strict=True) if write.loop is loop]
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_settle, mine)

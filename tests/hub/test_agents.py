@@ -1,0 +1,423 @@
+"""The socket that agents dial: who is let in, what is stored, and what a bad peer gets."""
+
+import json
+import secrets
+import time
+from typing import Any
+
+import anyio
+import httpx
+import msgspec
+import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.typing import Subprotocol
+
+from protocol.failures import FailureReason, failure
+from protocol.messages import (
+    MAX_FRAME,
+    SUBPROTOCOL_JSON,
+    SUBPROTOCOL_MSGPACK,
+    CommandDone,
+    Figures,
+    JobFacts,
+    JobStatus,
+    LogChunk,
+    Notice,
+    Point,
+    Result,
+    Schema,
+)
+from tests.hub.support import HubProcess, job_path, submit
+from tests.support.scripted_agent import ScriptedAgent, machine
+
+NAMES = ["train_loss", "learning_rate", "eta_seconds"]
+
+
+def an_agent(hub: HubProcess, **options: object) -> ScriptedAgent:
+    """Return an agent of its own id that can run no method of other tests' jobs, unless it is told to."""
+    return ScriptedAgent(hub.url, hub.key, f"agent_{secrets.token_hex(8)}", **options)  # type: ignore[arg-type]
+
+
+def status_of(client: httpx.Client, job_id: str) -> dict[str, Any]:
+    return client.get(job_path(job_id, "status")).json()  # type: ignore[no-any-return]
+
+
+def curve_of(client: httpx.Client, job_id: str) -> list[dict[str, float]]:
+    return client.get(job_path(job_id, "metrics")).json()["metrics"]  # type: ignore[no-any-return]
+
+
+def logs_of(client: httpx.Client, job_id: str, **params: int) -> dict[str, Any]:
+    return client.get(job_path(job_id, "logs"), params=params).json()  # type: ignore[no-any-return]
+
+
+def seen_agent(client: httpx.Client, agent: ScriptedAgent) -> dict[str, Any]:
+    return client.get(f"/api/training/agents/{agent.agent_id}").json()["agent"]  # type: ignore[no-any-return]
+
+
+def control(client: httpx.Client, job_id: str, action: str) -> httpx.Response:
+    return client.post(job_path(job_id, "control"), json={"action": action})
+
+
+def adjust(client: httpx.Client, job_id: str, **values: float) -> httpx.Response:
+    return client.patch(job_path(job_id, "update-params"), json=values)
+
+
+def report(agent: ScriptedAgent, job_id: str, steps: range, attempt: int = 1, loss: float = 1.0) -> None:
+    """Say what a run says: its states, names and points."""
+    now = time.time()
+    agent.add(JobStatus(now, attempt, "preparing"), job_id)
+    agent.add(JobStatus(now, attempt, "running"), job_id)
+    agent.add(Schema(1, NAMES), job_id)
+    for step in steps:
+        agent.add(
+            Point(now + step, attempt, step, step / 10, 1, [loss / step, 1e-4, 5.0], "improving"), job_id
+        )
+
+
+def test_a_wrong_key_is_refused_before_the_socket_opens(hub: HubProcess) -> None:
+    async def main() -> None:
+        agent = an_agent(hub)
+        agent.key = "wak_" + "x" * 32
+        with pytest.raises(InvalidStatus) as refused:
+            async with agent.dial():
+                pass
+        assert refused.value.response.status_code == 401
+        assert json.loads(refused.value.response.body) == {"error": "Invalid API key"}
+
+    anyio.run(main)
+
+
+def test_an_unknown_subprotocol_is_refused_with_a_sentence(hub: HubProcess) -> None:
+    async def main() -> None:
+        with pytest.raises(InvalidStatus) as refused:
+            async with an_agent(hub).dial(subprotocols=[Subprotocol("agent.v99.xml")]):
+                pass
+        assert refused.value.response.status_code == 400
+        assert SUBPROTOCOL_MSGPACK in json.loads(refused.value.response.body)["error"]
+
+    anyio.run(main)
+
+
+@pytest.mark.parametrize("subprotocol", [SUBPROTOCOL_MSGPACK, SUBPROTOCOL_JSON])
+def test_a_run_is_told_in_either_encoding(hub: HubProcess, client: httpx.Client, subprotocol: str) -> None:
+    async def main() -> None:
+        job_id, token = submit(client)
+        agent = an_agent(hub, subprotocol=subprotocol)
+        async with agent.connected():
+            desired = await agent.until_wanted(job_id)
+            assert desired.offer is not None
+            assert desired.offer.job_token == token
+            assert json.loads(desired.offer.config)["model"] == {"name": "tiny"}
+            agent.add(Figures(time.time(), {"cpu_percent": 12.5}))
+            report(agent, job_id, range(1, 4))
+            agent.add(JobFacts(time.time(), 1, 4, 1.0, 0, 90, 10, 2, 3, 1e-4, "cpu"), job_id)
+            agent.add(LogChunk(time.time(), 1, 0, ["one", "two"]), job_id)
+            agent.add(LogChunk(time.time(), 1, 8, ["three"], dropped=5), job_id)
+            await agent.until_acked()
+            running = status_of(client, job_id)
+            assert running["status"] == running["state"] == "running"
+            assert running["current_step"] == 3
+            assert running["progress"] == 75
+            assert running["total_steps"] == 4
+            assert running["remaining_seconds"] == 5.0
+            agent.add(JobStatus(time.time(), 1, "finishing"), job_id)
+            agent.add(Point(time.time() + 9, 1, 4, 0.4, 1, [float("nan"), 1e-4, 0.0]), job_id)
+            agent.add(Result(time.time(), 1, "/models/j", "", "ab12", 4, {"eval_loss": 0.5}), job_id)
+            agent.add(JobStatus(time.time(), 1, "completed"), job_id)
+            await agent.until_acked()
+        done = status_of(client, job_id)
+        assert (done["status"], done["progress"], done["weights_hash"]) == ("completed", 100, "ab12")
+        points = curve_of(client, job_id)
+        assert [point["step"] for point in points] == [1, 2, 3, 4]
+        assert points[1]["train_loss"] == 0.5
+        assert points[1]["epoch"] == 0.2
+        assert points[3]["train_loss"] is None
+        answer = logs_of(client, job_id, limit=3, offset=1)
+        assert answer["logs"] == ["two", "... 5 lines were left out here ...", "three"]
+        assert answer["total_lines"] == 4
+        seen = seen_agent(client, agent)
+        assert seen["figures"] == {"cpu_percent": 12.5}
+        assert (seen["hostname"], seen["completed_jobs"]) == ("box", 1)
+
+    anyio.run(main)
+
+
+def test_what_was_not_acknowledged_is_sent_again_and_stored_once(
+    hub: HubProcess, client: httpx.Client
+) -> None:
+    async def main() -> None:
+        job_id, _ = submit(client)
+        agent = an_agent(hub)
+        async with agent.connected():
+            await agent.until_wanted(job_id)
+            report(agent, job_id, range(1, 50))
+            agent.add(LogChunk(1.0, 1, 0, ["a line"]), job_id)
+            await agent.until_acked()
+        # As if every acknowledgement had been lost with the link.
+        agent.ackeds.clear()
+        async with agent.connected():
+            await agent.until_acked()
+            # The hub said in WELCOME what it holds: nothing had to be sent twice, and nothing is.
+            report(agent, job_id, range(50, 60))
+            await agent.until_acked()
+        assert [point["step"] for point in curve_of(client, job_id)] == list(range(1, 60))
+        assert logs_of(client, job_id)["total_lines"] == 1
+
+    anyio.run(main)
+
+
+def test_a_gap_closes_the_session_and_stores_nothing(hub: HubProcess, client: httpx.Client) -> None:
+    async def main() -> None:
+        job_id, _ = submit(client)
+        agent = an_agent(hub)
+        async with agent.connected():
+            await agent.until_wanted(job_id)
+            report(agent, job_id, range(1, 3))
+            await agent.until_acked()
+            assert agent.socket is not None
+            sid = next(head.sid for head in agent.hello().streams if head.lane == 1)
+            body = msgspec.msgpack.encode(Point(1.0, 1, 9, 0.0, 1, [1.0, 1.0, 1.0]))
+            await agent.socket.send(msgspec.msgpack.encode([3, sid, 9, [msgspec.Raw(body)]]))
+            code, reason = await agent.until_closed()
+        assert code == 4009
+        assert "9" in reason
+        assert [point["step"] for point in curve_of(client, job_id)] == [1, 2]
+
+    anyio.run(main)
+
+
+def test_a_newer_attempt_goes_over_the_older_one(hub: HubProcess, client: httpx.Client) -> None:
+    async def main() -> None:
+        job_id, _ = submit(client)
+        agent = an_agent(hub)
+        async with agent.connected():
+            await agent.until_wanted(job_id)
+            report(agent, job_id, range(1, 7), attempt=1, loss=10.0)
+            report(agent, job_id, range(4, 6), attempt=2, loss=1.0)
+            # Late news of the first attempt change nothing.
+            agent.add(JobStatus(time.time(), 1, "failed"), job_id)
+            agent.add(Point(1.0, 2, 5, 0.5, 2, [0.25]), job_id)
+            agent.add(Schema(2, ["eval_loss"]), job_id)
+            await agent.until_acked()
+        points = {point["step"]: point for point in curve_of(client, job_id)}
+        assert points[3]["train_loss"] == pytest.approx(10 / 3)
+        assert points[4]["train_loss"] == 0.25
+        # A train and an evaluation point of one step are one row of the curve.
+        assert (points[5]["train_loss"], points[5]["eval_loss"]) == (0.2, 0.25)
+        assert (points[5]["attempt"], points[6]["attempt"]) == (2, 1)
+        assert status_of(client, job_id)["status"] == "running"
+        assert status_of(client, job_id)["current_step"] == 5
+
+    anyio.run(main)
+
+
+def test_the_higher_boot_takes_over_and_the_loser_is_told(hub: HubProcess) -> None:
+    async def main() -> None:
+        old = an_agent(hub)
+        new = ScriptedAgent(hub.url, hub.key, old.agent_id)
+        new.boot = 2
+        async with old.connected(), new.connected():
+            code, reason = await old.until_closed()
+            assert code == 4008
+            assert "boot 2 attempt 1" in reason
+            # The older one dials again and must not take the id back.
+            late = ScriptedAgent(hub.url, hub.key, old.agent_id)
+            late.attempt = 7
+            async with late.connected(welcomed=False):
+                code, reason = await late.until_closed()
+            assert code == 4008
+            assert "boot 2 attempt 1" in reason
+            assert new.closed is None
+
+    anyio.run(main)
+
+
+def test_another_install_cannot_take_the_id(hub: HubProcess) -> None:
+    async def main() -> None:
+        agent = an_agent(hub)
+        async with agent.connected():
+            thief = ScriptedAgent(hub.url, hub.key, agent.agent_id, install_id="install-2")
+            thief.boot = 99
+            async with thief.connected(welcomed=False):
+                code, reason = await thief.until_closed()
+            assert code == 4505
+            assert "box" in reason
+            assert agent.closed is None
+
+    anyio.run(main)
+
+
+def test_another_agents_job_cannot_be_written(hub: HubProcess, client: httpx.Client) -> None:
+    async def main() -> None:
+        job_id, _ = submit(client)
+        owner, other = an_agent(hub), an_agent(hub)
+        async with owner.connected():
+            await owner.until_wanted(job_id)
+            other.add(Figures(1.0, {"x": 1.0}))
+            async with other.connected():
+                report(other, job_id, range(1, 5))
+                await other.until_acked()
+                assert "is not a job of" in next(iter(other.dropped.values()))
+                # Its other streams live on.
+                other.add(Figures(2.0, {"x": 2.0}))
+                await other.until_acked()
+        assert curve_of(client, job_id) == []
+        assert status_of(client, job_id)["status"] == "pending"
+
+    anyio.run(main)
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        (b"\xc1", 4011),
+        (b"not msgpack at all", 4011),
+        (msgspec.msgpack.encode([3, 77, 1, [[1]]]), 4011),
+        (b"\x91" * 3000, 4011),
+        (b"x" * (2 * 1024 * 1024), 1009),
+        (msgspec.msgpack.encode([1, "agent_wrong", "x"]), 4011),
+    ],
+    ids=["invalid", "text", "unopened stream", "deep", "2 MiB", "bad hello"],
+)
+def test_a_bad_frame_ends_that_session_alone(hub: HubProcess, frame: bytes, code: int) -> None:
+    async def main() -> None:
+        good, bad = an_agent(hub), an_agent(hub)
+        async with good.connected(), bad.connected():
+            assert bad.socket is not None
+            with pytest.raises(ConnectionClosed):
+                await bad.socket.send(frame)
+                await bad.until_closed()
+                raise ConnectionClosed(None, None)
+            got, reason = await bad.until_closed()
+            assert got == code
+            assert reason or code == 1009
+            good.add(Figures(1.0, {"x": 1.0}))
+            await good.until_acked()
+
+    anyio.run(main)
+
+
+def test_messages_and_records_of_the_future_are_passed_over(hub: HubProcess, client: httpx.Client) -> None:
+    async def main() -> None:
+        job_id, _ = submit(client)
+        agent = an_agent(hub)
+        async with agent.connected():
+            await agent.until_wanted(job_id)
+            assert agent.socket is not None
+            await agent.socket.send(msgspec.msgpack.encode([200, "new", {"things": 1}]))
+            agent.add_body(msgspec.msgpack.encode([15, "a record of the future"]), job_id, 0)
+            # Known by its tag, and not to be read: it is left out, said so, and blocks nothing.
+            agent.add_body(msgspec.msgpack.encode([1, "yesterday"]), job_id, 0)
+            agent.add(Notice(1.0, "info", "hello"), job_id)
+            await agent.until_acked()
+        notes = status_of(client, job_id)["notes"]
+        assert [note["text"] for note in notes] == [
+            "A report of the agent could not be read by this hub and was left out.",
+            "hello",
+        ]
+
+    anyio.run(main)
+
+
+def test_control_reaches_the_agent_at_once_and_again_after_a_reconnect(
+    hub: HubProcess, client: httpx.Client
+) -> None:
+    async def main() -> None:
+        job_id, _ = submit(client)
+        agent = an_agent(hub)
+        async with agent.connected():
+            first = await agent.until_wanted(job_id)
+            answer = control(client, job_id, "pause").json()
+            assert answer["success"] is True
+            assert answer["result"]["agent_told"] is True
+            paused = await agent.until_wanted(job_id, "pause")
+            assert paused.version == first.version + 1
+            asked = adjust(client, job_id, learning_rate=1e-5)
+            assert asked.status_code == 200
+            desired = await agent.until_wanted(job_id, "pause", paused.version + 1)
+            assert desired.parameters.learning_rate == 1e-5
+        agent.desired.clear()
+        told = control(client, job_id, "resume").json()
+        assert told["result"]["agent_told"] is False
+        async with agent.connected():
+            again = await agent.until_wanted(job_id, "run")
+            assert again.version == desired.version + 1
+            assert again.parameters.learning_rate == 1e-5
+
+    anyio.run(main)
+
+
+def test_a_failed_job_says_why_and_can_be_retried(hub: HubProcess, client: httpx.Client) -> None:
+    async def main() -> None:
+        job_id, _ = submit(client)
+        agent = an_agent(hub)
+        why = failure(FailureReason.DATA, "data.jsonl row 57: text is null.")
+        async with agent.connected():
+            await agent.until_wanted(job_id)
+            report(agent, job_id, range(1, 3))
+            agent.add(JobStatus(time.time(), 1, "failed", failure=why), job_id)
+            agent.add(JobStatus(time.time(), 1, "running"), job_id)
+            await agent.until_acked()
+            failed = status_of(client, job_id)
+            assert (failed["status"], failed["error"]) == ("failed", why.sentence)
+            assert failed["failure"]["advice"] == why.advice
+            refused = control(client, job_id, "pause")
+            assert refused.status_code == 409
+            assert "cannot be paused" in refused.json()["error"]
+            control(client, job_id, "retry")
+            await agent.until(lambda: bool(agent.commands))
+            command = agent.commands[0]
+            assert (command.kind, command.job_id) == ("retry", job_id)
+            agent.add(CommandDone(time.time(), command.command_id, "done"))
+            report(agent, job_id, range(3, 5), attempt=2)
+            await agent.until_acked()
+        retried = status_of(client, job_id)
+        assert (retried["status"], retried["error"], retried["attempt"]) == ("running", None, 2)
+        agent.commands.clear()
+        async with agent.connected():
+            await agent.until_wanted(job_id)
+        assert agent.commands == []
+
+    anyio.run(main)
+
+
+def test_an_agent_gets_one_job_more_than_it_runs_and_the_next_on_an_end(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    async def main(hub: HubProcess) -> None:
+        with hub.client() as client:
+            ids = [submit(client)[0] for _ in range(3)]
+            agent = an_agent(hub)
+            cannot = an_agent(hub, box=machine(methods=("orpo",)))
+            async with cannot.connected(), agent.connected():
+                await agent.until_wanted(ids[1])
+                assert ids[2] not in agent.desired
+                agent.add(JobStatus(time.time(), 1, "completed"), ids[0])
+                await agent.until_wanted(ids[2])
+                assert cannot.desired == {}
+
+    with HubProcess(tmp_path_factory.mktemp("hub"), "--no-page") as hub:
+        anyio.run(main, hub)
+
+
+def test_a_planned_silence_is_explained(hub: HubProcess, client: httpx.Client) -> None:
+    async def main() -> None:
+        agent = an_agent(hub)
+        async with agent.connected():
+            assert agent.session is not None
+            agent.session.bye("the machine goes to sleep", time.time() + 3600)
+            agent.add(Figures(1.0, {"x": 1.0}))
+            await agent.until_acked()
+        seen = seen_agent(client, agent)
+        while seen["connected"]:
+            await anyio.sleep(0.02)
+            seen = seen_agent(client, agent)
+        assert seen["status"] == "offline"
+        assert seen["presence"].startswith("silent until")
+        assert seen["presence"].endswith("the machine goes to sleep")
+
+    anyio.run(main)
+
+
+def test_the_frame_limit_is_the_protocols() -> None:
+    assert MAX_FRAME == 256 * 1024
