@@ -10,7 +10,16 @@ from pathlib import Path
 import anyio
 import pytest
 
-from agent.runtime.journal import Journal, JournalError, JournalInUse, JournalTooNew, Reader, Stream, Tx
+from agent.runtime.journal import (
+    Journal,
+    JournalError,
+    JournalFull,
+    JournalInUse,
+    JournalTooNew,
+    Reader,
+    Stream,
+    Tx,
+)
 from agent.runtime.journal_schema import MIGRATIONS, VERSION
 
 HIGH_EPOCH = (1 << 64) - 3
@@ -484,6 +493,56 @@ def test_on_a_full_disk_deletes_and_status_still_work(tmp_path: Path) -> None:
     if done.returncode == 77 or "unshare failed" in done.stderr:
         pytest.skip("needs the right to mount in a namespace of its own")
     assert done.stdout == "fine 1\n", done.stderr
+
+
+def test_where_an_append_finds_no_room_a_delete_beside_it_is_done(path: Path) -> None:
+    def fill(tx: Tx) -> None:
+        tx.set_epoch(7)
+        for _ in range(50):
+            tx.append("agent", 1, b"x" * 4000)
+
+    async def use(journal: Journal) -> None:
+        await journal.write(fill)
+        pages = await journal.read(lambda r: r._one("PRAGMA page_count"))
+        await journal.read(lambda r: r._one(f"PRAGMA max_page_count = {pages}"))
+        outcomes: list[object] = []
+
+        async def grow() -> None:
+            with pytest.raises(JournalFull, match="no space left") as caught:
+                await journal.write(lambda tx: tx.append("agent", 1, b"y" * 100_000))
+            outcomes.append(type(caught.value))
+
+        async def shrink() -> None:
+            outcomes.append(await journal.write(lambda tx: tx.trim(7, "agent", 1, 50)))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(grow)
+            group.start_soon(shrink)
+        assert outcomes == [JournalFull, 50]
+        assert (await journal.read(Reader.streams))[0].last == 50
+
+    with_journal(path, use)
+
+
+def test_what_a_question_raises_is_raised_to_who_asked(path: Path) -> None:
+    async def use(journal: Journal) -> None:
+        with pytest.raises(sqlite3.OperationalError, match="no such table"):
+            await journal.read(lambda r: r._one("SELECT 1 FROM nowhere"))
+        with pytest.raises(sqlite3.OperationalError, match="no such table"):
+            await journal.write(lambda tx: tx._one("SELECT 1 FROM nowhere"))
+        assert await journal.write(Tx.next_boot) == 1
+
+    with_journal(path, use)
+
+
+def test_a_change_is_made_also_when_nobody_waits_for_it_any_more(path: Path) -> None:
+    async def use(journal: Journal) -> None:
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await journal.write(lambda tx: tx.set_meta("asked", "yes"))
+        assert await journal.read(lambda r: r.get_meta("asked")) == "yes"
+
+    with_journal(path, use)
 
 
 def test_a_closed_journal_says_so(path: Path) -> None:
