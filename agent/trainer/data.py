@@ -266,7 +266,8 @@ class _Checker:
         more = ""
         if len(numbers) > 1:
             count = f"at least {len(numbers)}" if len(numbers) >= LISTED else str(len(numbers))
-            more = f" ({count} rows are bad: {', '.join(map(str, numbers[:8]))}{', ...' if len(numbers) > 8 else ''}.)"
+            listed = ", ".join(map(str, numbers[:8])) + (" and on" if len(numbers) > 8 else "")
+            more = f" ({count} rows are bad: {listed}.)"
         raise TrainerError(FailureReason.DATA, f"{self._source}, {row.where}: {why}{more}", rows=numbers)
 
     def _canonical(self, row: Row) -> dict[str, Any]:
