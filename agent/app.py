@@ -89,9 +89,9 @@ class Program:
             logger.error(
                 "the journal was damaged; it was moved to {} and a new one begun", self.journal.was_corrupt
             )
-        await self.desk.load(secrets.randbits(63))
         try:
             async with anyio.create_task_group() as group:
+                await self.desk.load(secrets.randbits(63), group)
                 await group.start(self.supervisor.run)
                 group.start_soon(self.desk.run, self._facts)
                 yield group
@@ -104,10 +104,9 @@ class Program:
         """Look at the machine, bury what an earlier agent left, and let jobs start."""
         await self.watch.look()
         self.desk.devices = self.watch.devices()
-        await self.desk.begin(group)
-        for job in list(self.desk.jobs.values()):
-            if job.job_id in self.desk.held and not self.launching.is_ours(job.job_id):
-                group.start_soon(self.launching.take_over, job.job_id)
+        await self.desk.begin()
+        for job_id in self.desk.orphans:
+            group.start_soon(self.launching.take_over, job_id)
         group.start_soon(self.watch.follow_logs)
         if self.settings.warm_trainer:
             group.start_soon(self.launching.keep_warm)

@@ -74,6 +74,8 @@ class JobDesk:
         self.jobs: dict[str, Job] = {}
         self.held: dict[str, str] = {}
         """Device of each job whose process may be alive."""
+        self.orphans: list[str] = []
+        """Jobs whose trainer an earlier agent started; each is to be buried once."""
         self.heads: dict[Key, int] = {}
         """Last number of every stream that has something to send."""
         self.backlog: dict[int, list[int]] = {lane: [0, 0] for lane in Lane}
@@ -94,15 +96,17 @@ class JobDesk:
         self._kept_at: dict[str, float] = {}
         self._faults: dict[str, str] = {}
         self._launching: dict[str, anyio.CancelScope] = {}
+        self._begun = False
         self._group: anyio.abc.TaskGroup | None = None
         self._idle = anyio.Event()
 
     def __repr__(self) -> str:
         return f"<JobDesk {len(self.jobs)} jobs, held={self.held}, draining={self.draining}>"
 
-    async def load(self, epoch: int) -> None:
-        """Read the journal and begin this boot's streams."""
+    async def load(self, epoch: int, group: anyio.abc.TaskGroup) -> None:
+        """Read the journal and begin this boot's streams; effects run in ``group``."""
         self.epoch = epoch
+        self._group = group
         await self.journal.write(lambda tx: tx.set_epoch(epoch))
         for job_id, body in await self.journal.read(lambda rows: rows.all_jobs()):
             self.jobs[job_id] = job_decoder.decode(body)
@@ -114,15 +118,17 @@ class JobDesk:
             if job.state in HAS_WORKER:
                 # Its trainer may be alive and saving: the device is not free before that is known.
                 self.held[job.job_id] = job.device or self.devices[0]
+                self.orphans.append(job.job_id)
 
-    async def begin(self, group: anyio.abc.TaskGroup) -> None:
+    async def begin(self) -> None:
         """Let what the agent itself had paused go on, and start what can start."""
-        self._group = group
-        batch = Batch()
-        for job in list(self.jobs.values()):
-            if job.held:
-                self._take(batch, unhold(job, now=self._clock()))
-        await self._commit(batch)
+        async with self._lock:
+            self._begun = True
+            batch = Batch()
+            for job in list(self.jobs.values()):
+                if job.held:
+                    self._take(batch, unhold(job, now=self._clock()))
+            await self._commit(batch)
 
     def job(self, job_id: str) -> Job:
         """Return the job; raises UnknownJob."""
@@ -208,7 +214,7 @@ class JobDesk:
 
     def _fill(self, batch: Batch) -> None:
         """Give free devices to the jobs that are next."""
-        if self.draining or self._group is None:
+        if self.draining or not self._begun:
             return
         current = {**self.jobs, **batch.jobs}
         for job_id, device in agenda.due(current.values(), self.held, self.devices, self._at_once):

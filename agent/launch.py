@@ -50,16 +50,10 @@ class Launching:
         self._base_env = base_env
         self._redactor = redactor
         self._user_agent = user_agent
-        self._ours: set[str] = set()
-
-    def is_ours(self, job_id: str) -> bool:
-        """Tell whether this agent started the job's process, not an earlier one."""
-        return job_id in self._ours
 
     async def launch(self, job: Job) -> None:
         """Start the job's process. Raises LaunchFailed."""
         settings = self._settings
-        self._ours.add(job.job_id)
         try:
             spec = job_spec(job.job_id, parsed(job.config), job.dataset_path, job.name)
             data = await self._data(job, spec)
