@@ -118,6 +118,12 @@ class Codec:
             return _json.encode([3, message.sid, message.lo, records])
         return _json.encode(_spelled(msgspec.to_builtins(message)))
 
+    def length(self, record: bytes) -> int:
+        """Return the bytes that a stored record takes inside a DATA frame of this session."""
+        if not self.as_json:
+            return len(record)
+        return len(_json.encode(_spelled(msgspec.msgpack.decode(record)))) + 1
+
     def decode_agent(self, data: bytes | str, limit: int = MAX_FRAME) -> AgentMessage | Unknown:
         """Return what an agent sent; raises BadMessage."""
         return _agent.decode(self._bounded(data, limit), self.as_json)

@@ -37,8 +37,8 @@ SILENCE = 2.5
 """A peer is dead after this many heartbeat intervals without a byte."""
 WELCOME_WITHIN = 10.0
 """Seconds from HELLO to WELCOME."""
-FRAME_ROOM = MAX_FRAME - 4096
-"""Bytes of records in one DATA frame: the cap less room for its head."""
+FRAME_HEAD = 512
+"""Bytes of a frame that DATA keeps free for its head."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +190,11 @@ class AgentSession(_Base):
         self._flight: deque[tuple[Key, int, int, int]] = deque()
         self._flight_records = 0
         self._flight_bytes = 0
+        self._epoch = hello.epoch
+        self._refused: set[Key] = set()
+        self._unsaid: list[Open] = []
+        self._sid = 0
+        """The highest ever used: a number is not used again after its stream was refused."""
         for head in hello.streams:
             self._add(head)
 
@@ -202,7 +207,13 @@ class AgentSession(_Base):
         before = head.first - 1
         self._streams[key] = _Sending(head.sid, head.last, before, before)
         self._keys[head.sid] = key
+        self._sid = max(self._sid, head.sid)
         return key
+
+    @property
+    def frame_room(self) -> int:
+        """Bytes of records that one DATA frame may hold, in the encoding of this connection."""
+        return min(self.welcome.max_frame, MAX_FRAME) - FRAME_HEAD if self.welcome else 0
 
     @property
     def in_flight(self) -> int:
@@ -230,6 +241,7 @@ class AgentSession(_Base):
                 key = self._keys.pop(sid, None)
                 if key is None:
                     return []
+                self._refused.add(key)
                 self._forget_flight(key, self._streams.pop(key).last)
                 return [Dropped(key, reason)]
         return []
@@ -240,10 +252,16 @@ class AgentSession(_Base):
             return []
         self.welcome = message
         self.heartbeat = message.heartbeat_s
+        # A backend may answer HELLO in its own time, and must not meet a stream in between.
+        self._out.extend(self._unsaid)
+        self._unsaid.clear()
         known = {ack.sid: ack.seq for ack in message.acks}
         news: list[AgentNews] = [Welcomed(message.session_id, message.server_time)]
         for key, stream in self._streams.items():
             seq = known.get(stream.sid, 0)
+            if seq > stream.last and key.epoch != self._epoch:
+                # This journal was restored from an older copy; what it holds of the stream is there already.
+                seq = stream.last
             if seq > stream.last:
                 self._close(
                     Close.GAP, f"the backend acknowledges {seq} of a stream that ends at {stream.last}"
@@ -288,12 +306,18 @@ class AgentSession(_Base):
         self._flight = kept
 
     def appended(self, key: Key, last: int) -> None:
-        """Note that the journal holds the stream up to ``last``; a stream that is new is opened."""
+        """Note that the journal holds the stream up to ``last``.
+
+        A stream that is new is opened; one that the backend has refused on this connection is not.
+        """
         stream = self._streams.get(key)
         if stream is None:
-            sid = max(self._keys, default=0) + 1
-            self._add(StreamHead(sid, key.epoch, key.scope, key.lane, 1, last))
-            self._out.append(Open(StreamHead(sid, key.epoch, key.scope, key.lane, 1, last)))
+            if key in self._refused:
+                return
+            self._sid += 1
+            head = StreamHead(self._sid, key.epoch, key.scope, key.lane, 1, last)
+            self._add(head)
+            (self._unsaid if self.welcome is None else self._out).append(Open(head))
         elif last > stream.last:
             stream.last = last
 
@@ -311,7 +335,7 @@ class AgentSession(_Base):
         if not ready:
             return None
         key = min(ready, key=lambda one: (one.lane, self._streams[one].sid))
-        return key, self._streams[key].sent, min(max(room, 4096), self.welcome.max_frame - 4096, FRAME_ROOM)
+        return key, self._streams[key].sent, min(max(room, 4096), self.frame_room)
 
     def send(self, key: Key, lo: int, bodies: list[bytes]) -> None:
         """Queue records read from the journal: ``lo`` is the first one's number."""
@@ -326,9 +350,16 @@ class AgentSession(_Base):
         self._flight_bytes += size
         self._out.append(Data(stream.sid, lo, [msgspec.Raw(body) for body in bodies]))
 
+    def last(self, key: Key) -> int:
+        """Return the last number that was announced of a stream; 0 for one that is not open."""
+        stream = self._streams.get(key)
+        return stream.last if stream else 0
+
     def bury(self, key: Key, lo: int, hi: int, reason: str) -> None:
         """Queue a tombstone for records that the journal cannot give any more."""
-        stream = self._streams[key]
+        stream = self._streams.get(key)
+        if stream is None or hi < lo:
+            return
         assert lo == stream.sent + 1
         stream.sent = hi
         self._flight.append((key, hi, 1, 0))
@@ -383,6 +414,9 @@ class HubSession(_Base):
         self._out: deque[HubMessage] = deque()
         self._keys: dict[int, Key] = {}
         self._received: dict[Key, int] = {}
+        """What has come of each stream; -1 for one that is refused."""
+        self._durable: dict[Key, int] = {}
+        """What of that is committed: the only number an acknowledgement may carry."""
         self._acks: dict[int, int] = {}
 
     def __repr__(self) -> str:
@@ -432,12 +466,13 @@ class HubSession(_Base):
         """Answer HELLO with what is durable of each stream it named (0 where nothing is)."""
         self.welcomed = True
         self._received = {key: acks.get(key, 0) for key in self._keys.values()}
+        self._durable = dict(self._received)
         positions = [StreamAck(sid, self._received[key]) for sid, key in self._keys.items()]
         self._out.append(Welcome(session_id, positions, self.heartbeat, server_time=server_time))
 
     def position(self, key: Key, ack: int) -> None:
         """Answer `Opened`: what is durable of a stream."""
-        self._received[key] = ack
+        self._received[key] = self._durable[key] = ack
 
     def refuse(self, key: Key, reason: str) -> None:
         """Refuse one stream for good; what still comes of it is passed over."""
@@ -459,7 +494,10 @@ class HubSession(_Base):
         if key is None:
             self._close(Close.MALFORMED, f"stream {sid} was never opened")
             return []
-        have = self._received[key]
+        have = self._received.get(key)
+        if have is None:
+            self._close(Close.MALFORMED, f"stream {sid} has no position yet")
+            return []
         if have < 0:
             return []
         hi = lo + len(records) - 1
@@ -467,7 +505,7 @@ class HubSession(_Base):
             self._close(Close.GAP, f"record {lo} came after {have}")
             return []
         if hi <= have:
-            self._acks[sid] = have
+            self._acks[sid] = self._durable[key]
             return []
         self._received[key] = hi
         return [Apply(key, have + 1, records[have + 1 - lo :])]
@@ -477,8 +515,11 @@ class HubSession(_Base):
         if key is None or tomb.hi < tomb.lo:
             self._close(Close.MALFORMED, f"a tombstone for {tomb.lo} to {tomb.hi} of stream {tomb.sid}")
             return []
-        have = self._received[key]
-        if have < 0 or tomb.hi <= have:
+        have = self._received.get(key, -1)
+        if have < 0:
+            return []
+        if tomb.hi <= have:
+            self._acks[tomb.sid] = self._durable[key]
             return []
         if tomb.lo > have + 1:
             self._close(Close.GAP, f"tombstone {tomb.lo} came after {have}")
@@ -488,9 +529,10 @@ class HubSession(_Base):
 
     def committed(self, key: Key, seq: int) -> None:
         """Note that the store holds the stream up to ``seq``, durably: only now may it be acknowledged."""
+        self._durable[key] = max(seq, self._durable.get(key, 0))
         for sid, known in self._keys.items():
-            if known == key:
-                self._acks[sid] = max(seq, self._acks.get(sid, 0))
+            if known == key and self._received.get(key, -1) >= 0:
+                self._acks[sid] = self._durable[key]
 
     def tick(self, now: float) -> float:
         """Do what is due; return when to call again."""

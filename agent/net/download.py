@@ -3,22 +3,29 @@
 import hashlib
 import os
 from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import urlsplit
 
 import anyio
 import anyio.to_thread
 import httpx
 from loguru import logger
 
-from agent.net.retry import backoff, can_retry
+from agent.net.retry import LOOPBACK, backoff, can_retry
 from protocol.rest import DATASET
 
 CHUNK = 1 << 20
 READ_WITHIN = 30.0
 TRIES = 8
+"""Transfers in a row that may break off without having brought a byte."""
 
 
 class DownloadFailed(Exception):
     """The data set could not be had; the sentence is for the user."""
+
+
+class _BrokeOff(Exception):
+    """A transfer ended early."""
 
 
 async def fetch_dataset(
@@ -29,61 +36,104 @@ async def fetch_dataset(
     A broken transfer goes on where it stopped. Raises DownloadFailed.
     """
     target = folder / f"{sha256}.data"
-    if target.exists() and target.stat().st_size == size:
-        return target
-    await anyio.to_thread.run_sync(lambda: folder.mkdir(parents=True, exist_ok=True, mode=0o700))
-    part = folder / f"{sha256}.part"
+    # Two jobs may want the same rows at the same time: each has its own part.
+    part = folder / f"{sha256}.{job_id}.part"
     url = backend_url.rstrip("/") + DATASET.format(job_id=job_id)
-    headers = {"Authorization": f"Bearer {token}", "User-Agent": user_agent}
+    try:
+        if await anyio.to_thread.run_sync(_there, target, size):
+            return target
+        await anyio.to_thread.run_sync(lambda: folder.mkdir(parents=True, exist_ok=True, mode=0o700))
+        await _fetch_all(url, job_id, token, part, size, user_agent)
+        found = await anyio.to_thread.run_sync(_sha256, part)
+        if found != sha256:
+            await anyio.to_thread.run_sync(part.unlink)
+            raise DownloadFailed(
+                f"The data set of job {job_id} arrived with sha256 {found[:12]}..., the backend announced "
+                f"{sha256[:12]}...; upload it again."
+            )
+        await anyio.to_thread.run_sync(part.replace, target)
+    except OSError as error:
+        raise DownloadFailed(
+            f"The data set of job {job_id} cannot be kept in {folder}: {error.strerror or error}. Free some space or "
+            "mend the folder's rights, then retry the job."
+        ) from None
+    return target
+
+
+async def _fetch_all(url: str, job_id: str, token: str, part: Path, size: int, user_agent: str) -> None:
+    headers = {
+        "Authorization": f"Bearer {token}",
+        "User-Agent": user_agent,
+        # Ranges count the bytes of the file, not those of a compressed answer.
+        "Accept-Encoding": "identity",
+    }
+    direct = urlsplit(url).hostname in LOOPBACK
     waits = backoff(cap=15.0)
-    async with httpx.AsyncClient(headers=headers, timeout=READ_WITHIN, follow_redirects=False) as client:
-        for attempt in range(1, TRIES + 1):
+    tries = 0
+    async with httpx.AsyncClient(
+        headers=headers, timeout=READ_WITHIN, follow_redirects=False, trust_env=not direct
+    ) as client:
+        while True:
+            before = await anyio.to_thread.run_sync(_size, part)
             try:
-                await _fetch(client, url, part, size)
-                break
-            except httpx.HTTPError as error:
+                await _fetch(client, url, part, before, size)
+                return
+            except (httpx.HTTPError, _BrokeOff) as error:
                 if isinstance(error, httpx.HTTPStatusError):
                     said = f"HTTP {error.response.status_code}"
                 else:
                     said = str(error) or type(error).__name__
-                if attempt == TRIES or not can_retry(error):
-                    raise DownloadFailed(f"The data set of job {job_id} could not be fetched from {url}: {said}.") from None
+                tries = 1 if await anyio.to_thread.run_sync(_size, part) > before else tries + 1
+                if tries >= TRIES or not (isinstance(error, _BrokeOff) or can_retry(error)):
+                    raise DownloadFailed(
+                        f"The data set of job {job_id} could not be fetched from {url}: {said}."
+                    ) from None
                 logger.info("job {}: data set transfer broke off ({}); going on", job_id, said)
+                if tries == 1:
+                    waits = backoff(cap=15.0)
                 await anyio.sleep(next(waits))
-    found = await anyio.to_thread.run_sync(_sha256, part)
-    if found != sha256:
-        part.unlink()
-        raise DownloadFailed(
-            f"The data set of job {job_id} arrived with sha256 {found[:12]}..., the backend announced {sha256[:12]}...; "
-            "upload it again."
-        )
-    part.replace(target)
-    return target
 
 
-async def _fetch(client: httpx.AsyncClient, url: str, part: Path, size: int) -> None:
-    have = part.stat().st_size if part.exists() else 0
+async def _fetch(client: httpx.AsyncClient, url: str, part: Path, have: int, size: int) -> None:
+    """Fetch what ``part`` lacks of the file; what has come stays there when the transfer breaks off."""
     if have > size:
-        part.unlink()
         have = 0
     if have == size and size:
         return
     headers = {"Range": f"bytes={have}-"} if have else {}
     async with client.stream("GET", url, headers=headers) as answer:
         answer.raise_for_status()
-        if answer.status_code != 206:
+        if answer.status_code != httpx.codes.PARTIAL_CONTENT:
             have = 0
-        with part.open("r+b" if have else "wb") as file:
-            file.seek(have)
-            async for block in answer.aiter_bytes(CHUNK):
-                have += len(block)
-                if have > size:
-                    raise DownloadFailed(f"{url} sends more than the {size} bytes it announced.")
-                await anyio.to_thread.run_sync(file.write, block)
-            file.flush()
+        file = await anyio.to_thread.run_sync(_opened, part, have)
+        with file:
+            try:
+                async for block in answer.aiter_bytes(CHUNK):
+                    have += len(block)
+                    if have > size:
+                        raise DownloadFailed(f"{url} sends more than the {size} bytes it announced.")
+                    await anyio.to_thread.run_sync(file.write, block)
+            finally:
+                # A cancelled job goes on from here too, when it is retried.
+                file.flush()
             await anyio.to_thread.run_sync(os.fsync, file.fileno())
     if have < size:
-        raise httpx.ReadError(f"{have} of {size} bytes arrived")
+        raise _BrokeOff(f"{have} of {size} bytes arrived")
+
+
+def _opened(part: Path, have: int) -> BinaryIO:
+    file = part.open("r+b" if have else "wb")
+    file.seek(have)
+    file.truncate()
+    return file
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _there(path: Path, size: int) -> bool:
+    return path.exists() and path.stat().st_size == size
 
 
 def _sha256(path: Path) -> str:

@@ -16,8 +16,12 @@ from agent.errors import (
 )
 from protocol.messages import Close
 
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+"""Hosts that no proxy stands before."""
 RETRY_STATUS = frozenset({408, 425, 429})
 """4xx answers that a later dial may not meet; every 5xx is another."""
+RETRY_AFTER_MOST = 3600.0
+"""Seconds: a longer wait that a server asks for is a mistake."""
 TLS_RETRY = 300.0
 """Seconds between dials while the certificate does not verify: the user must act, a clock may heal."""
 
@@ -92,6 +96,15 @@ def backoff(first: float = 0.5, cap: float = 60.0) -> Iterator[float]:
     while True:
         yield random.uniform(0, window)  # noqa: S311  # spreads load, keeps no secret
         window = min(2 * window, cap)
+
+
+def retry_after(error: BaseException) -> float:
+    """Return the seconds that a refused upgrade asks to wait, 0 where it asks for none."""
+    if not isinstance(error, InvalidStatus):
+        return 0.0
+    said = error.response.headers.get("Retry-After", "")
+    # The form with a date is rare, and the clocks need not agree.
+    return min(float(said), RETRY_AFTER_MOST) if said.isascii() and said.isdigit() else 0.0
 
 
 def certificate_fault(error: BaseException) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
+import msgspec
 from loguru import logger
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
@@ -15,12 +16,14 @@ from websockets.typing import Subprotocol
 from agent.core.ports import Uplink
 from agent.errors import NotOurBackend, Refused
 from agent.net.retry import (
+    LOOPBACK,
     TLS_RETRY,
     backoff,
     can_retry,
     certificate_fault,
     closed_for_good,
     refusal,
+    retry_after,
 )
 from protocol.codec import BadMessage, Codec
 from protocol.messages import (
@@ -33,7 +36,7 @@ from protocol.messages import (
     Goaway,
 )
 from protocol.rest import HEADER_AGENT
-from protocol.session import Acked, AgentSession, Closing, Dropped, Welcomed
+from protocol.session import Acked, AgentSession, Closing, Dropped, Key, Welcomed
 
 OPEN_WITHIN = 10.0
 """Seconds for TCP, TLS and the upgrade together."""
@@ -41,7 +44,8 @@ SEND_WITHIN = 30.0
 """Seconds that one frame may wait for a full write buffer."""
 HEALTHY = 60.0
 """Seconds a session must have lived before the next dial's wait starts small again."""
-LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+HELLO_STREAMS = 1000
+"""Streams that HELLO names: with their scopes they fit a frame."""
 
 
 def socket_url(backend_url: str) -> str:
@@ -120,12 +124,13 @@ class Link:
                     # A defect of ours must not cut a running job off from its backend for good.
                     logger.exception("the link broke in a way that no network explains")
                 why = str(error) or type(error).__name__
-                least = TLS_RETRY if certificate_fault(error) else 0.0
+                least = TLS_RETRY if certificate_fault(error) else retry_after(error)
                 if certificate_fault(error):
                     logger.error("the certificate of {} does not verify: {}", self.url, why)
             if self._clock() - began >= HEALTHY:
                 waits = backoff()
-            wait = max(next(waits), least, self._retry_after)
+            # What the backend asked for is spread too, or a whole fleet comes back at once.
+            wait = max(least, self._retry_after) + next(waits)
             self._retry_after = 0.0
             logger.info("link down: {}; dialling again in {:.1f} s", why, wait)
             self._on_state("connecting", f"{why}; dialling again in {wait:.0f} s")
@@ -169,12 +174,20 @@ class Link:
                     f"{self.url} accepted a WebSocket but speaks none of {', '.join(SUBPROTOCOLS)}. Check BACKEND_URL."
                 )
             codec = Codec(socket.subprotocol)
-            session = AgentSession(await self._uplink.hello(), self._clock(), self._heartbeat)
+            hello = await self._uplink.hello()
+            # A HELLO that fills no frame; the other streams are opened after it.
+            hello = msgspec.structs.replace(hello, streams=hello.streams[:HELLO_STREAMS])
+            session = AgentSession(hello, self._clock(), self._heartbeat)
             self._session = session
             try:
-                return await self._converse(socket, codec, session)
+                closing = await self._converse(socket, codec, session)
             finally:
                 self._session = None
+            if session.closing is not None and session.closing.code >= Close.DRAIN:
+                # The other end should be able to read in its own log what it did.
+                with anyio.move_on_after(1):
+                    await socket.close(session.closing.code, session.closing.reason[:120])
+            return closing
 
     async def _converse(self, socket: ClientConnection, codec: Codec, session: AgentSession) -> Closing:
         ended: list[Closing] = []
@@ -186,12 +199,14 @@ class Link:
                 try:
                     await part(socket, codec, session)
                 except ConnectionClosed as closed:
-                    frame = closed.rcvd
-                    ended.append(
-                        Closing(frame.code, frame.reason)
-                        if frame
-                        else Closing(1006, "the connection was lost")
-                    )
+                    if closed.rcvd is not None:
+                        ended.append(Closing(closed.rcvd.code, closed.rcvd.reason))
+                    elif closed.sent is not None:
+                        ended.append(
+                            Closing(1006, f"this end hung up: {closed.sent.reason or closed.sent.code}")
+                        )
+                    else:
+                        ended.append(Closing(1006, "the connection was lost"))
                 except TimeoutError:
                     ended.append(Closing(1006, "a frame could not be sent in time"))
                 group.cancel_scope.cancel()
@@ -234,44 +249,58 @@ class Link:
 
     async def _write(self, socket: ClientConnection, codec: Codec, session: AgentSession) -> None:
         while True:
-            for key, last in self._uplink.heads().items():
-                session.appended(key, last)
+            # Before the look, so that whatever comes during it ends the wait below.
+            wake = self._wake = anyio.Event()
+            self._look(session)
             while (wish := session.next_read()) is not None:
                 key, after, size = wish
                 rows = await self._uplink.read(key, after, size)
-                if not rows:
-                    break
-                self._queue(session, key, rows)
+                self._queue(session, codec, key, after, rows)
                 await self._flush(socket, codec, session)
+                self._look(session)
             due = session.tick(self._clock(), self._uplink.backlog())
             await self._flush(socket, codec, session)
             if session.closing is not None:
                 return
-            self._wake = anyio.Event()
-            if session.next_read() is not None or self._behind(session):
-                continue
             with anyio.move_on_after(max(0.01, due - self._clock())):
-                await self._wake.wait()
+                await wake.wait()
 
-    def _behind(self, session: AgentSession) -> bool:
-        """Tell whether something was appended between the last look and the new event."""
+    def _look(self, session: AgentSession) -> None:
+        """Tell the session what the journal holds by now."""
         for key, last in self._uplink.heads().items():
             session.appended(key, last)
-        return session.next_read() is not None
 
-    def _queue(self, session: AgentSession, key: Any, rows: list[tuple[int, bytes | None]]) -> None:
+    def _queue(
+        self,
+        session: AgentSession,
+        codec: Codec,
+        key: Key,
+        after: int,
+        rows: list[tuple[int, bytes | None]],
+    ) -> None:
+        """Queue what was read, each frame within the limit, and a tombstone for whatever cannot be sent."""
         run: list[bytes] = []
-        first = rows[0][0]
+        room = session.frame_room
+        size = 0
+        sent = after
         for seq, body in rows:
-            if body is not None:
-                if not run:
-                    first = seq
-                run.append(body)
+            length = codec.length(body) if body is not None else 0
+            if body is None or length > room or seq != sent + len(run) + 1 or size + length > room:
+                session.send(key, sent + 1, run)
+                sent, run, size = sent + len(run), [], 0
+            if seq > sent + len(run) + 1:
+                session.bury(key, sent + 1, seq - 1, "trimmed")
+                sent = seq - 1
+            if body is None or length > room:
+                session.bury(key, seq, seq, "corrupt" if body is None else "oversize")
+                sent = seq
                 continue
-            session.send(key, first, run)
-            run = []
-            session.bury(key, seq, seq, "corrupt")
-        session.send(key, first, run)
+            run.append(body)
+            size += length
+        session.send(key, sent + 1, run)
+        if not rows:
+            # Announced, but not in the journal any more: else this would be asked for again and again.
+            session.bury(key, after + 1, session.last(key), "trimmed")
 
     async def _flush(self, socket: ClientConnection, codec: Codec, session: AgentSession) -> None:
         for message in session.outgoing(self._clock()):
