@@ -7,6 +7,7 @@ each, so it needs none of the stock one's semaphores, which a killed process wou
 
 import contextlib
 import fcntl
+import select
 import struct
 from multiprocessing import context
 from multiprocessing.connection import Connection, Pipe
@@ -23,6 +24,7 @@ class ByteQueue(SimpleQueue[bytes]):
 
     _reader: "Connection[Any, Any] | None"
     _writer: "Connection[Any, Any] | None"
+    _room: "select.poll | None" = None
 
     def __init__(self, *, ctx: context.BaseContext) -> None:
         # Not super().__init__(): it would make two locks, which are named semaphores under spawn.
@@ -50,6 +52,24 @@ class ByteQueue(SimpleQueue[bytes]):
     def put(self, frame: bytes) -> None:
         """Write one frame; blocks while the pipe is full. For one thread of one process."""
         _open(self._writer).send_bytes(frame)
+
+    def try_put(self, frame: bytes) -> bool:
+        """Write one frame if that takes no waiting, and say whether it did; never so for a large one.
+
+        What was written is in the kernel's hands: it arrives even if this process is killed next.
+        """
+        writer = _open(self._writer)
+        if len(frame) > select.PIPE_BUF - 4:
+            return False
+        if self._room is None:
+            self._room = select.poll()
+            self._room.register(writer.fileno(), select.POLLOUT)
+        # A pipe that is ready takes PIPE_BUF bytes at once, and nobody else writes to this one. One
+        # whose reader is gone is "ready" too, and raises.
+        if not self._room.poll(0):
+            return False
+        writer.send_bytes(frame)
+        return True
 
     def get(self) -> bytes:
         """Read one frame; blocks until there is one. Raises EOFError when every writer is gone."""

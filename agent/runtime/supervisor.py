@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
@@ -30,6 +30,8 @@ from protocol.worker import (
 
 LOG_TAIL = 8192
 TAIL_LINES = 20
+WARM_LIMIT = 60.0
+"""Seconds to wait for a warm trainer that is still importing."""
 MAX_COPIED_LOG = 1 << 24
 """Bytes of an older log that are copied for the sake of a warm trainer; beyond, a cold one is quicker."""
 
@@ -75,7 +77,7 @@ Released = Callable[[frozenset[int]], Awaitable[bool]]
 """Given the pids of a tree that is gone: whether none of them holds memory of a device any more."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Worker:
     """A child and what is known of it. ``job_id`` is empty while it is a warm one."""
 
@@ -88,6 +90,8 @@ class _Worker:
     """The number of the last event."""
     last_word: Left | Failed | Finished | None = None
     blamed: str = ""
+    warm: anyio.Event = field(default_factory=anyio.Event)
+    """It has said that it waits for its job, or has ended."""
 
 
 class Supervisor:
@@ -204,10 +208,13 @@ class Supervisor:
         if worker is None or not _same(worker.env, env) or worker.child.exited.is_set():
             return None
         self._warm = None
-        if not await anyio.to_thread.run_sync(_adopt_log, worker.log, log):
+        # A cold one would need as long for its imports; and before them it may not hold its log yet.
+        with anyio.move_on_after(WARM_LIMIT):
+            await worker.warm.wait()
+        if not worker.warm.is_set() or not await anyio.to_thread.run_sync(_adopt_log, worker.log, log):
             self._running().start_soon(worker.child.end, None, 0.0)
             return None
-        if worker not in self._all:  # it ended meanwhile
+        if worker not in self._all:  # it has ended meanwhile
             return None
         worker.log = log
         return worker
@@ -222,6 +229,7 @@ class Supervisor:
             await self._blame(worker, sentence)
 
         await worker.child.run(hear, blame)
+        worker.warm.set()
         released = not worker.child.survivors
         if released and self._gpu_released is not None:
             tree = worker.child.known | {worker.child.identity}
@@ -256,7 +264,9 @@ class Supervisor:
         event = numbered.event
         if numbered.attempt == 0 and numbered.number == 0:
             # It belongs to no job: the process is there, and that is all.
-            if not isinstance(event, Warm):
+            if isinstance(event, Warm):
+                worker.warm.set()
+            else:
                 await self._end_for(worker, f"The trainer said {type(event).__name__} before its job began.")
             return
         if (numbered.attempt, numbered.number) != (worker.attempt, worker.heard + 1) or not worker.job_id:

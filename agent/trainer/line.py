@@ -1,8 +1,9 @@
 """The trainer's end of the two queues: orders in, numbered events out, and training never waits for either.
 
-`say` hands an event to a sender thread and keeps it until the agent has committed it. With the agent
-stopped or slow the kept events grow in memory up to a limit and then in a file; when the agent is gone they
-are left beside the checkpoint (`protocol.worker.LEFTOVERS`) for the next one.
+`say` writes an event to the pipe when that takes no waiting, so that a kill in the next moment does not lose
+it, and leaves it to a sender thread otherwise. It is kept until the agent has committed it: in memory up to a
+limit, then in a file; and when the agent is gone, beside the checkpoint (`protocol.worker.LEFTOVERS`) for the
+next one.
 """
 
 import os
@@ -43,6 +44,8 @@ class EventQueue(Protocol):
 
     def put(self, frame: bytes, /) -> None: ...
 
+    def try_put(self, frame: bytes, /) -> bool: ...
+
 
 class Line:
     """The line to the agent. One per process; `say` may be called from any thread."""
@@ -64,6 +67,8 @@ class Line:
         self._kept_bytes = 0
         self._sent = 0
         """How many at the head of `_kept` were handed to the queue."""
+        self._sending = False
+        """The sender thread is writing, or waits for room."""
         self._warm: deque[bytes] = deque()
         self._orders: deque[AnyOrder] = deque()
         self._gone = False
@@ -92,6 +97,7 @@ class Line:
         and is not kept.
         """
         with self._lock:
+            nothing_waits = not (self._sending or self._warm) and self._sent == len(self._kept)
             if self._overflow is None:
                 self._warm.append(encoder.encode(Numbered(0, 0, event)))
             else:
@@ -102,16 +108,26 @@ class Line:
                     # The agent would end us for it. A number must not be missing, so a sentence takes its place.
                     text = f"An event of {len(raw)} bytes ({type(event).__name__}) was too large to send."
                     raw = encoder.encode(Numbered(self._attempt, number, Note("warning", text)))
-                self._keep(number, raw, self._overflow)
+                kept = self._keep(number, raw, self._overflow)
+                if kept and nothing_waits and self._try_put(raw):
+                    self._sent += 1
+                    return
             self._to_send.notify()
 
-    def _keep(self, number: int, raw: bytes, overflow: Overflow) -> None:
-        """Put an event at the end: in memory, or behind those that are in the file already."""
+    def _keep(self, number: int, raw: bytes, overflow: Overflow) -> bool:
+        """Put an event at the end: in memory, or (False) behind those that are in the file already."""
         if overflow.count or self._kept_bytes + len(raw) > KEEP_BYTES:
             overflow.append(number, raw)
-        else:
-            self._kept.append((number, raw))
-            self._kept_bytes += len(raw)
+            return False
+        self._kept.append((number, raw))
+        self._kept_bytes += len(raw)
+        return True
+
+    def _try_put(self, raw: bytes) -> bool:
+        try:
+            return self._event_queue.try_put(raw)
+        except (OSError, ValueError):
+            return False  # the agent closed its end: the sender thread will find that out and say so
 
     def orders(self) -> list[AnyOrder]:
         """Take the orders that have come; never waits."""
@@ -164,6 +180,7 @@ class Line:
                 )
                 if self._closed or self._gone:
                     return
+                self._sending = True
                 if self._warm:
                     raw = self._warm.popleft()
                 else:
@@ -174,6 +191,8 @@ class Line:
             except (OSError, ValueError):  # the agent closed its end, or this process closed ours
                 self._hang_up()
                 return
+            with self._lock:
+                self._sending = False
 
     def _take_orders(self) -> None:
         """The reader thread: the only one that waits for an order."""
