@@ -107,8 +107,11 @@ def start(context: typer.Context) -> None:
 
 @app.command()
 def hub(
+    context: typer.Context,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Where the hub keeps its state.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where the hub keeps its state; else AGENT_HOME/hub.")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     api_key: Annotated[
         str | None, typer.Option(help="Accept this key; else a new one is made and printed once.")
@@ -118,11 +121,12 @@ def hub(
 ) -> None:
     """Run the reference backend: agents dial it, its page shows them. Needs the extra `hub`.
 
-    Example: training-agent hub --port 8700 --data-dir ./hub
+    Example: training-agent hub --port 8400 --data-dir ./hub
     """
     command = [sys.executable, "-m", "agent.hub"]
-    given = {"--port": port, "--data-dir": data_dir, "--host": host, "--api-key": api_key}
-    for name, value in given.items():
+    folder = data_dir or settings_of(context).agent_home / "hub"
+    wishes = {"--port": port, "--data-dir": folder, "--host": host, "--api-key": api_key}
+    for name, value in wishes.items():
         command += [name, str(value)] if value is not None else []
     command += ["--no-page"] if no_page else []
     command += ["--json"] if as_json else []

@@ -197,7 +197,7 @@ def schema(
 
     Example: training-agent schema --write protocol
     """
-    from protocol import schema as documents
+    import protocol.schema as documents
 
     if write is not None:
         return "\n".join(str(path) for path in documents.write(write))

@@ -160,7 +160,7 @@ class Hub:
                 )
         except OSError as error:
             raise BadJob(f"cannot read {path}: {error.strerror or error}") from error
-        return str(answer["dataset_path"])
+        return str(answer["storage_path"])
 
 
 def checked(job_id: str) -> str:

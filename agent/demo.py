@@ -7,24 +7,24 @@ ended, by its id, when the demo leaves.
 import contextlib
 import json
 import secrets
+import shutil
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
 import webbrowser
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 
 from agent.cli_remote import Hub, Json
 from agent.config import NAMES, environment
 from agent.demo_data import bring_data, bring_model
-from agent.errors import AgentError, Exit, JobFailed, Unreachable
+from agent.errors import AgentError, Exit, JobFailed
 
-HUB_WITHIN = 60.0
 AGENT_ENDS_WITHIN = 90.0
 """Seconds that a stopped agent may take to save."""
 LOOK_EVERY = 0.5
@@ -52,6 +52,12 @@ class News(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     job: Json = {}
     """The job's status at the hub."""
     result: Json = {}
+
+
+class _Listens(msgspec.Struct):
+    """What the hub says once it is up."""
+
+    url: str
 
 
 Tell = Callable[[News], None]
@@ -178,20 +184,33 @@ def _has_page() -> bool:
 
 
 def _start_hub(wish: Wish, key: str, stack: contextlib.ExitStack) -> Hub:
-    port = wish.port or _free_port()
-    command = ["agent.hub", "--host", "127.0.0.1", "--port", str(port), "--data-dir", str(wish.home / "hub")]
-    command += ["--api-key", key] + ([] if _has_page() else ["--no-page"])
-    child = _start(wish.home / "hub.log", command, {}, wish.home)
+    command = [
+        "agent.hub",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(wish.port),
+        "--data-dir",
+        str(wish.home / "hub"),
+    ]
+    command += ["--json", "--api-key", key] + ([] if _has_page() else ["--no-page"])
+    log = wish.home / "hub.log"
+    child = _start(log, command, {}, wish.home, read=True)
     stack.callback(_end, child, 10.0)
-    hub = Hub(f"http://127.0.0.1:{port}", key)
-    deadline = time.monotonic() + HUB_WITHIN
-    while True:
-        with contextlib.suppress(Unreachable):
-            hub.jobs()
-            return hub
-        if child.poll() is not None or time.monotonic() > deadline:
-            raise AgentError(f"The hub did not start: {_last_line(wish.home / 'hub.log')}")
-        time.sleep(0.1)
+    assert child.stdout is not None
+    for line in child.stdout:
+        with contextlib.suppress(msgspec.DecodeError):
+            url = msgspec.json.decode(line, type=_Listens).url
+            # What else it prints must not fill the pipe.
+            threading.Thread(target=_drain, args=(child.stdout, log), daemon=True).start()
+            return Hub(url, key)
+    child.wait()
+    raise AgentError(f"The hub did not start: {_last_line(log)}")
+
+
+def _drain(pipe: IO[bytes], log: Path) -> None:
+    with log.open("ab") as output:
+        shutil.copyfileobj(pipe, output)
 
 
 def _agent_settings(home: Path, url: str, key: str) -> dict[str, str]:
@@ -208,7 +227,7 @@ def _agent_settings(home: Path, url: str, key: str) -> dict[str, str]:
 
 
 def _start(
-    log: Path, words: list[str], settings: Mapping[str, str], folder: Path
+    log: Path, words: list[str], settings: Mapping[str, str], folder: Path, *, read: bool = False
 ) -> "subprocess.Popen[bytes]":
     # The user's own settings are for the user's own agent, not for this one.
     environ = {name: value for name, value in environment().items() if name not in NAMES}
@@ -216,7 +235,7 @@ def _start(
         return subprocess.Popen(
             [sys.executable, "-m", *words],
             stdin=subprocess.DEVNULL,
-            stdout=output,
+            stdout=subprocess.PIPE if read else output,
             stderr=output,
             env={**environ, **settings},
             cwd=folder,
@@ -251,12 +270,6 @@ def _follow(hub: Hub, job_id: str, agent: "subprocess.Popen[bytes]", home: Path,
 def _last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return f"{lines[-1]} ({log})" if lines else f"it said nothing in {log}"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager
