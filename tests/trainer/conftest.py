@@ -160,3 +160,117 @@ def jsonl(tmp_path: Path) -> Callable[[list[dict[str, Any]]], Path]:
         return write_jsonl(tmp_path / name, rows)
 
     return write
+
+
+class RecordingLine:
+    """The trainer's end of the queues without queues: keeps what was said, answers with scripted orders."""
+
+    def __init__(self, script: dict[int, list[Any]], delay: int = 0) -> None:
+        self.events: list[Any] = []
+        self.parent_gone = False
+        self._script = script
+        """Orders that come when the point of that step is said, ``delay`` looks later."""
+        self._delay = delay
+        self._waiting: list[Any] = []
+        self._looks = 0
+
+    def say(self, event: Any) -> None:
+        self.events.append(event)
+        step = getattr(event, "step", None) if type(event).__name__ == "Metrics" else None
+        if step in self._script:
+            self._waiting = self._script.pop(step)
+            self._looks = self._delay
+
+    def orders(self) -> list[Any]:
+        if not self._waiting or self._looks > 0:
+            self._looks -= 1
+            return []
+        taken, self._waiting = self._waiting, []
+        if "gone" in taken:
+            self.parent_gone = True
+        return [order for order in taken if order != "gone"]
+
+    def flush(self, timeout: float) -> bool:
+        return True
+
+    def of(self, kind: type) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    @property
+    def last(self) -> Any:
+        return self.events[-1]
+
+    @property
+    def points(self) -> dict[int, dict[str, float]]:
+        """The curve: step -> values; the newest point of a step counts."""
+        from protocol.worker import Metrics
+
+        return {event.step: event.values for event in self.of(Metrics)}
+
+
+LOSSES = ("train_loss", "eval_loss", "learning_rate", "grad_norm", "tokens_seen", "best_eval_loss")
+
+
+def curve(*lines: RecordingLine) -> dict[int, dict[str, float]]:
+    """Return what must be the same for an untouched job and for one in several attempts."""
+    merged: dict[int, dict[str, float]] = {}
+    for line in lines:
+        merged |= line.points
+    return {step: {k: v for k, v in values.items() if k in LOSSES} for step, values in merged.items()}
+
+
+class Jobs:
+    """Runs jobs on the tiny model, in this process, through `run.train`."""
+
+    def __init__(self, folder: Path, model: Path, data: Path) -> None:
+        self.folder, self.model, self.data = folder, model, data
+
+    def start(self, name: str = "job", **changes: Any) -> Any:
+        """Return a Start; ``training`` and the fields of JobSpec, Start and Limits can be changed."""
+        from protocol.jobspec import DataSpec, JobSpec, ModelSpec, TrainingSpec
+        from protocol.worker import Limits, Start, Workspace
+
+        training = {"max_steps": 8, "batch_size": 4, "learning_rate": 1e-2, "max_length": 64}
+        spec = JobSpec(
+            **{
+                "job_id": name,
+                "model": ModelSpec(name="tiny", quantization=changes.pop("quantization", None)),
+                "data": DataSpec(path="data", eval_fraction=changes.pop("eval_fraction", 0.0)),
+                "training": TrainingSpec(**{**training, **changes.pop("training", {})}),
+                **{key: changes.pop(key) for key in list(changes) if key in JobSpec.__struct_fields__},
+            }
+        )
+        limits = Limits(
+            hub=False, **{key: changes.pop(key) for key in list(changes) if key in Limits.__struct_fields__}
+        )
+        place = self.folder / name
+        workspace = Workspace(
+            checkpoints=str(place / "checkpoints"),
+            output=str(place / "model"),
+            cache=str(place / "cache"),
+            model=str(changes.pop("base", self.model)),
+            data=str(changes.pop("rows", self.data)),
+        )
+        return Start(spec=spec, workspace=workspace, limits=limits, **{"attempt": 1, **changes})
+
+    def run(
+        self, name: str = "job", script: dict[int, list[Any]] | None = None, delay: int = 0, **changes: Any
+    ) -> RecordingLine:
+        """Run an attempt to its end and return what it said. Raises what the trainer raises."""
+        from agent.trainer import run
+
+        line = RecordingLine(dict(script or {}), delay)
+        self.line = line
+        assert run.train(self.start(name, **changes), line) == 0
+        return line
+
+    def checkpoints(self, name: str = "job") -> Path:
+        return self.folder / name / "checkpoints"
+
+    def output(self, name: str = "job") -> Path:
+        return self.folder / name / "model"
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, tiny_model: Path, chat_file: Path) -> Jobs:
+    return Jobs(tmp_path, tiny_model, chat_file)

@@ -1,0 +1,52 @@
+"""Figures of the device. What needs one is marked gpu."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from agent.trainer import memory
+from protocol.worker import Limits
+
+without = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a device does")
+
+
+class Holder:
+    pass
+
+
+@without
+def test_without_a_device_there_are_no_figures_and_no_cap() -> None:
+    memory.apply_cap(Limits(gpu_memory_fraction=0.5))
+    assert memory.figures() == {}
+    assert memory.peak_gb() is None
+
+
+def test_release_frees_what_only_a_cycle_holds() -> None:
+    gc.disable()
+    try:
+        holder = Holder()
+        holder.itself = holder  # type: ignore[attr-defined]
+        seen = weakref.ref(holder)
+        del holder
+        assert seen() is not None
+        memory.release()
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gpu
+def test_figures_and_the_cap_on_a_device() -> None:
+    memory.apply_cap(Limits(gpu_memory_fraction=0.5))
+    held = torch.zeros(1 << 20, device="cuda")
+    figures = memory.figures()
+    assert figures["gpu_memory_allocated_gb"] > 0
+    assert 0 <= figures["gpu_utilization_percent"] <= 100
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        torch.zeros(
+            int(torch.cuda.get_device_properties(0).total_memory * 0.6), dtype=torch.uint8, device="cuda"
+        )
+    assert memory.peak_gb() is not None
+    del held
