@@ -20,6 +20,7 @@ from agent.desk import JobDesk
 from agent.doors import Doors, view
 from agent.errors import Exit, JobFailed, KeyRefused, Refused, UnknownJob
 from agent.launch import Launching
+from agent.ledger import Ledger
 from agent.net.websocket import Link
 from agent.runtime.environment import cut_own_environment, make_undumpable
 from agent.runtime.journal import Journal
@@ -62,11 +63,10 @@ class Program:
         self._send, self._facts = anyio.create_memory_object_stream[Fact](FACTS_BUFFER)
         self.supervisor = Supervisor(facts=self._send, module=module, gpu_released=self._gpu_released)
         self.desk = JobDesk(
-            self.journal,
+            Ledger(self.journal, settings.outbox_max_mb << 20),
             self.supervisor,
             devices=["cpu"],
             at_once=settings.max_concurrent_jobs,
-            outbox_bytes=settings.outbox_max_mb << 20,
         )
         self.watch = Watch(self.desk, settings, self.redactor)
         self.launching = Launching(self.desk, settings, home, self._base_env, self.redactor, USER_AGENT)
@@ -148,7 +148,7 @@ class Program:
             }
             if first
             else {},
-            backlog=[records for records, _ in self.desk.backlog.values()],
+            backlog=[records for records, _ in self.desk.ledger.backlog.values()],
             uptime_seconds=time.time() - self.started,
             draining=self.desk.draining,
         )
@@ -254,7 +254,7 @@ async def _run_link(program: Program, agent_id: str, install_id: str, boot: int,
         on_state=note,
         user_agent=USER_AGENT,
     )
-    program.desk.on_append = program.link.wake
+    program.desk.ledger.on_append = program.link.wake
     try:
         await program.link.run()
     except Refused as refused:
@@ -303,9 +303,9 @@ async def _flush(program: Program) -> None:
     if program.link is None or program.link_state[0] != "connected":
         return
     with anyio.move_on_after(FLUSH_WITHIN):
-        while any(records for records, _ in program.desk.backlog.values()):
-            program.desk.drained = anyio.Event()
-            await program.desk.drained.wait()
+        while any(records for records, _ in program.desk.ledger.backlog.values()):
+            program.desk.ledger.drained = anyio.Event()
+            await program.desk.ledger.drained.wait()
 
 
 async def run_job(

@@ -6,7 +6,6 @@ are committed to the journal together, and only then is anything done.
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import anyio
@@ -18,23 +17,18 @@ from agent.core import agenda
 from agent.core.effects import Ask, Effect, EndWorker, Report, StartWorker
 from agent.core.intake import gone, hear
 from agent.core.job import Job, hold, react, report, step, unhold
-from agent.core.outbox import Points, admit
+from agent.core.outbox import Points
 from agent.errors import UnknownJob
-from agent.runtime.journal import Journal, JournalFull, Tx
+from agent.ledger import Batch, Ledger
+from agent.runtime.journal import JournalFull, Tx
 from agent.runtime.supervisor import Exited, Heard, Misbehaved, Supervisor
 from protocol.failures import FailureReason, failure
 from protocol.lifecycle import HAS_WORKER, IllegalTransition, JobState, Trigger
 from protocol.messages import AnyRecord, Lane, Point
-from protocol.session import Key
 from protocol.worker import AnyOrder, Cancel, Committed, Left, Metrics, Pause
 
 FULL_RETRY = 2.0
 """Seconds between tries while the disk that holds the journal is full."""
-OVER_QUOTA_EVERY = 10.0
-"""Seconds between the points of a job that are still kept once the outbox is over its quota."""
-
-job_encoder = msgspec.msgpack.Encoder()
-job_decoder: msgspec.msgpack.Decoder[Job] = msgspec.msgpack.Decoder(Job)
 
 
 class Launcher(Protocol):
@@ -43,57 +37,34 @@ class Launcher(Protocol):
     async def launch(self, job: Job) -> None: ...
 
 
-@dataclass
-class Batch:
-    """What one transaction will hold."""
-
-    jobs: dict[str, Job] = field(default_factory=dict)
-    appends: list[tuple[str, int, bytes]] = field(default_factory=list)
-    marks: dict[tuple[str, int], int] = field(default_factory=dict)
-    points: list[tuple[str, int, int, bytes]] = field(default_factory=list)
-    effects: list[Effect] = field(default_factory=list)
-    done: list[tuple[str, bytes]] = field(default_factory=list)
-    """Commands that are answered: id and the stored answer."""
-
-
 class JobDesk:
     """All jobs of this agent. Make it, `load` it, then `run` it in a task group."""
 
     def __init__(
         self,
-        journal: Journal,
+        ledger: Ledger,
         supervisor: Supervisor,
         *,
         devices: list[str],
         at_once: int,
-        outbox_bytes: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.journal = journal
+        self.ledger = ledger
         self.supervisor = supervisor
         self.jobs: dict[str, Job] = {}
         self.held: dict[str, str] = {}
         """Device of each job whose process may be alive."""
         self.orphans: list[str] = []
         """Jobs whose trainer an earlier agent started; each is to be buried once."""
-        self.heads: dict[Key, int] = {}
-        """Last number of every stream that has something to send."""
-        self.backlog: dict[int, list[int]] = {lane: [0, 0] for lane in Lane}
-        """Records and bytes not acknowledged, per lane."""
         self.draining = False
-        self.epoch = 0
         self.launcher: Launcher | None = None
-        self.on_append: Callable[[], None] = lambda: None
         self.on_change: Callable[[Job, Metrics | None], None] = lambda job, metrics: None
         self.devices = devices
         """What jobs may run on; "cpu" takes as many as may run at once."""
-        self.drained = anyio.Event()
         self._at_once = at_once
-        self._outbox_bytes = outbox_bytes
         self._clock = clock
         self._lock = anyio.Lock()
         self._points = Points()
-        self._kept_at: dict[str, float] = {}
         self._faults: dict[str, str] = {}
         self._launching: dict[str, anyio.CancelScope] = {}
         self._begun = False
@@ -105,16 +76,9 @@ class JobDesk:
 
     async def load(self, epoch: int, group: anyio.abc.TaskGroup) -> None:
         """Read the journal and begin this boot's streams; effects run in ``group``."""
-        self.epoch = epoch
         self._group = group
-        await self.journal.write(lambda tx: tx.set_epoch(epoch))
-        for job_id, body in await self.journal.read(lambda rows: rows.all_jobs()):
-            self.jobs[job_id] = job_decoder.decode(body)
-        for stream in await self.journal.read(lambda rows: rows.streams()):
-            self.heads[Key(stream.epoch, stream.scope, stream.lane)] = stream.last
-        for lane, (records, size) in (await self.journal.read(lambda rows: rows.backlog())).items():
-            self.backlog[lane] = [records, size]
-        for job in self.jobs.values():
+        for job in await self.ledger.load(epoch):
+            self.jobs[job.job_id] = job
             if job.state in HAS_WORKER:
                 # Its trainer may be alive and saving: the device is not free before that is known.
                 self.held[job.job_id] = job.device or self.devices[0]
@@ -139,16 +103,10 @@ class JobDesk:
 
     # Changing
 
-    async def change(
-        self,
-        job_id: str,
-        decide: Callable[[Job], tuple[Job, list[Effect]]],
-        *,
-        answers: Iterable[tuple[str, bytes]] = (),
-    ) -> Job:
+    async def change(self, job_id: str, decide: Callable[[Job], tuple[Job, list[Effect]]]) -> Job:
         """Ask the core what becomes of a job, commit it and carry it out. Raises what ``decide`` raises."""
         async with self._lock:
-            batch = Batch(done=list(answers))
+            batch = Batch()
             self._take(batch, decide(self.job(job_id)))
             await self._commit(batch)
             return self.jobs[job_id]
@@ -180,7 +138,7 @@ class JobDesk:
         """Store records that change no job; over the outbox's quota only lane 0 is taken."""
         batch = Batch()
         for record in records:
-            self._append(batch, scope, lane, record)
+            self.ledger.append(batch, scope, lane, record)
         if batch.appends or also is not None:
             async with self._lock:
                 await self._commit(batch, also)
@@ -195,22 +153,9 @@ class JobDesk:
         for effect in effects:
             if isinstance(effect, Report):
                 if effect.job_id != job.job_id or job.from_backend:
-                    self._append(batch, effect.job_id, effect.lane, effect.record)
+                    self.ledger.append(batch, effect.job_id, effect.lane, effect.record)
             else:
                 batch.effects.append(effect)
-
-    def _append(self, batch: Batch, scope: str, lane: int, record: AnyRecord) -> None:
-        if lane != Lane.CONTROL and self._over_quota():
-            if not isinstance(record, Point):
-                return
-            now = self._clock()
-            if now - self._kept_at.get(scope, 0.0) < OVER_QUOTA_EVERY:
-                return
-            self._kept_at[scope] = now
-        batch.appends.append((scope, int(lane), admit(record)))
-
-    def _over_quota(self) -> bool:
-        return sum(size for _, size in self.backlog.values()) > self._outbox_bytes
 
     def _fill(self, batch: Batch) -> None:
         """Give free devices to the jobs that are next."""
@@ -223,51 +168,18 @@ class JobDesk:
             self._take(batch, step(job, Trigger.SLOT_FREE, now=self._clock(), by="agent"))
 
     async def _commit(self, batch: Batch, also: Callable[[Tx], None] | None = None) -> None:
-        """Write a batch, then do what it asks. The lock is held, or nothing else runs yet."""
+        """Write a batch, then do what it asks. The lock is held.
+
+        A caller that is cancelled (a lost connection) leaves journal and memory alike all the same.
+        """
         self._fill(batch)
-        changed = [
-            (job.job_id, str(job.state), job.order, job_encoder.encode(job)) for job in batch.jobs.values()
-        ]
-
-        def write(tx: Tx) -> list[int]:
-            for changed_row in changed:
-                tx.put_job(*changed_row)
-            for (job_id, attempt), number in batch.marks.items():
-                tx.mark_event(job_id, attempt, number)
-            for point in batch.points:
-                tx.put_point(*point)
-            for command_id, answer in batch.done:
-                tx.command_end(command_id, answer)
-            if also is not None:
-                also(tx)
-            return [tx.append(*row) for row in batch.appends]
-
-        numbers = await self._write(write)
-        for (scope, lane, body), number in zip(batch.appends, numbers, strict=True):
-            self.heads[Key(self.epoch, scope, lane)] = number
-            self.backlog[lane][0] += 1
-            self.backlog[lane][1] += len(body)
-        for job in batch.jobs.values():
-            before = self.jobs.get(job.job_id)
-            self.jobs[job.job_id] = job
-            if before is None or before.state is not job.state:
-                logger.info(
-                    "job {}: {} -> {} {}", job.job_id, before.state if before else "-", job.state, job.detail
-                )
-                self.on_change(job, None)
-        if batch.appends:
-            self.on_append()
-        for effect in batch.effects:
-            self._carry_out(effect)
-        for (job_id, attempt), number in batch.marks.items():
-            if self.jobs[job_id].attempt == attempt:
-                self.supervisor.ask(job_id, Committed(number))
-
-    async def _write(self, write: Callable[[Tx], list[int]]) -> list[int]:
         told = False
         while True:
             try:
-                return await self.journal.write(write)
+                with anyio.CancelScope(shield=True):
+                    await self.ledger.write(batch, also)
+                    self._committed(batch)
+                return
             except JournalFull as error:
                 # Nothing is lost meanwhile: the trainer keeps what is not committed, and the queue holds back.
                 if not told:
@@ -275,7 +187,23 @@ class JobDesk:
                     for job_id in self.held:
                         self.supervisor.ask(job_id, Pause())
                     told = True
-                await anyio.sleep(FULL_RETRY)
+            await anyio.sleep(FULL_RETRY)
+
+    def _committed(self, batch: Batch) -> None:
+        for job in batch.jobs.values():
+            before = self.jobs.get(job.job_id)
+            self.jobs[job.job_id] = job
+            if before is None or before.state is not job.state:
+                was = before.state if before else "-"
+                logger.info("job {}: {} -> {} {}", job.job_id, was, job.state, job.detail)
+                self.on_change(job, None)
+        if batch.appends:
+            self.ledger.on_append()
+        for effect in batch.effects:
+            self._carry_out(effect)
+        for (job_id, attempt), number in batch.marks.items():
+            if self.jobs[job_id].attempt == attempt:
+                self.supervisor.ask(job_id, Committed(number))
 
     def _carry_out(self, effect: Effect) -> None:
         assert self._group is not None
@@ -388,7 +316,7 @@ class JobDesk:
             if job.from_backend:
                 for record in self._points.records(job.job_id, job.attempt, event):
                     lane = Lane.METRICS if isinstance(record, Point) else Lane.CONTROL
-                    self._append(batch, job.job_id, lane, record)
+                    self.ledger.append(batch, job.job_id, lane, record)
 
     def _exited(self, batch: Batch, job: Job, fact: Exited) -> None:
         self.held.pop(job.job_id, None)

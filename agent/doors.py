@@ -146,7 +146,7 @@ class Doors:
     async def points(self, job_id: str, after_step: int = -1, limit: int = 1000) -> list[PointView]:
         """Return points of the current curve, for each step those of its newest attempt, merged."""
         self._desk.job(job_id)
-        rows = await self._desk.journal.read(lambda journal: journal.points(job_id, after_step, limit))
+        rows = await self._desk.ledger.journal.read(lambda journal: journal.points(job_id, after_step, limit))
         merged: dict[int, PointView] = {}
         for row in rows:
             metrics = _metrics.decode(row.body)

@@ -117,7 +117,7 @@ class Launching:
             job.job_id,
             lambda now: _in_phase(now, Phase.DOWNLOAD, f"fetching {job.dataset_size} bytes of data"),
         )
-        token = await self._desk.journal.read(lambda rows: rows.get_secret(job.job_id, "job_token"))
+        token = await self._desk.ledger.journal.read(lambda rows: rows.get_secret(job.job_id, "job_token"))
         path = await fetch_dataset(
             settings.backend_url,
             job.job_id,

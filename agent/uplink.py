@@ -61,7 +61,7 @@ class JournalUplink:
 
     async def hello(self) -> Hello:
         self._dials += 1
-        streams = await self._desk.journal.read(lambda rows: rows.streams())
+        streams = await self._desk.ledger.journal.read(lambda rows: rows.streams())
         heads = [
             StreamHead(sid, stream.epoch, stream.scope, stream.lane, stream.first, stream.last)
             for sid, stream in enumerate(streams, start=1)
@@ -76,33 +76,33 @@ class JournalUplink:
             self._install_id,
             self._boot,
             self._dials,
-            self._desk.epoch,
+            self._desk.ledger.epoch,
             await self._machine(),
             heads,
             jobs,
         )
 
     async def read(self, key: Key, after: int, max_bytes: int) -> list[tuple[int, bytes | None]]:
-        return await self._desk.journal.read(
+        return await self._desk.ledger.journal.read(
             lambda rows: rows.records(key.epoch, key.scope, key.lane, after, READ_RECORDS, max_bytes)
         )
 
     def heads(self) -> Mapping[Key, int]:
-        return self._desk.heads
+        return self._desk.ledger.heads
 
     def backlog(self) -> list[int]:
-        return [self._desk.backlog[lane][0] for lane in Lane]
+        return [self._desk.ledger.backlog[lane][0] for lane in Lane]
 
     async def acked(self, key: Key, seq: int) -> None:
         await self._trim(key, seq)
 
     async def dropped(self, key: Key, reason: str) -> None:
-        last = self._desk.heads.pop(key, None)
+        last = self._desk.ledger.heads.pop(key, None)
         if last:
             await self._trim(key, last)
 
     async def _trim(self, key: Key, seq: int) -> None:
-        done = key.lane == Lane.CONTROL and seq == self._desk.heads.get(key)
+        done = key.lane == Lane.CONTROL and seq == self._desk.ledger.heads.get(key)
         job = self._desk.jobs.get(key.scope)
         scrub = done and job is not None and job.state in TERMINAL
 
@@ -113,17 +113,14 @@ class JournalUplink:
                 tx.scrub_secrets(key.scope)
             return tx.backlog()
 
-        backlog = await self._desk.journal.write(trim)
-        for lane in Lane:
-            self._desk.backlog[lane] = list(backlog.get(lane, (0, 0)))
-        if not any(records for records, _ in self._desk.backlog.values()):
-            self._desk.drained.set()
-        if key.epoch != self._desk.epoch and seq == self._desk.heads.get(key):
-            self._desk.heads.pop(key)
+        backlog = await self._desk.ledger.journal.write(trim)
+        self._desk.ledger.count(backlog)
+        if key.epoch != self._desk.ledger.epoch and seq == self._desk.ledger.heads.get(key):
+            self._desk.ledger.heads.pop(key)
 
     async def welcomed(self, server_time: float) -> None:
         self._ahead = server_time - self._clock() if server_time else 0.0
-        if self._desk.backlog[Lane.METRICS][0] < SNAPSHOT_BEHIND:
+        if self._desk.ledger.backlog[Lane.METRICS][0] < SNAPSHOT_BEHIND:
             return
         for job in list(self._desk.jobs.values()):
             if job.from_backend and job.state not in TERMINAL and job.state is not JobState.QUEUED:
@@ -137,6 +134,7 @@ class JournalUplink:
     async def desired(self, message: Desired) -> None:
         now = self._clock()
         if message.job_id in self._desk.jobs:
+            await self._keep_token(message)
             try:
                 await self._desk.change(message.job_id, lambda job: desire(job, message, now=now))
             except NotPossible as error:
@@ -160,6 +158,13 @@ class JournalUplink:
         await self._desk.add(job, secrets=secrets)
         await self._desk.change(job.job_id, lambda job: desire(job, message, now=now))
 
+    async def _keep_token(self, message: Desired) -> None:
+        """Take the token again for a job whose token was scrubbed at its end and that is to go on."""
+        token = message.offer.job_token if message.offer else ""
+        job = self._desk.job(message.job_id)
+        if token and job.state not in TERMINAL:
+            await self._desk.ledger.journal.write(lambda tx: tx.put_secret(job.job_id, "job_token", token))
+
     async def _refuse(self, message: Desired, state: JobState, sentence: str) -> None:
         """Answer an offer that never becomes a job here."""
         assert message.offer is not None
@@ -181,7 +186,7 @@ class JournalUplink:
         await self._desk.add(job)
 
     async def commanded(self, message: Command) -> None:
-        known = await self._desk.journal.write(lambda tx: tx.command_begin(message.command_id))
+        known = await self._desk.ledger.journal.write(lambda tx: tx.command_begin(message.command_id))
         if known is not None:
             # Begun before: the answer was lost, or a crash fell between and nobody knows.
             answer = (
@@ -196,7 +201,7 @@ class JournalUplink:
         else:
             done = await self._carry_out(message, now)
         body = encode_record(done)
-        await self._desk.journal.write(lambda tx: tx.command_end(message.command_id, body))
+        await self._desk.ledger.journal.write(lambda tx: tx.command_end(message.command_id, body))
         await self._desk.append("", Lane.CONTROL, [done])
 
     async def _carry_out(self, message: Command, now: float) -> CommandDone:

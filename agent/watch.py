@@ -117,7 +117,7 @@ class Watch:
             return
         tail = self._tails.get(job_id)
         if tail is None:
-            start = await self._desk.journal.read(lambda rows: rows.get_meta(f"log:{job_id}"))
+            start = await self._desk.ledger.journal.read(lambda rows: rows.get_meta(f"log:{job_id}"))
             tail = self._tails[job_id] = LogTail(
                 self._path(job_id), self._redactor.redact, offset=int(start or 0)
             )

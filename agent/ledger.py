@@ -1,0 +1,105 @@
+"""What is written down before it is done: jobs and outgoing records, in one transaction each."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import anyio
+import anyio.abc
+import msgspec
+
+from agent.core.effects import Effect
+from agent.core.job import Job
+from agent.core.outbox import admit
+from agent.runtime.journal import Journal, Tx
+from protocol.messages import AnyRecord, Lane, Point
+from protocol.session import Key
+
+OVER_QUOTA_EVERY = 10.0
+"""Seconds between the points of a job that are still kept once the outbox is over its quota."""
+
+job_encoder = msgspec.msgpack.Encoder()
+job_decoder: msgspec.msgpack.Decoder[Job] = msgspec.msgpack.Decoder(Job)
+
+
+@dataclass
+class Batch:
+    """What one transaction will hold, and what is done once it is committed."""
+
+    jobs: dict[str, Job] = field(default_factory=dict)
+    appends: list[tuple[str, int, bytes]] = field(default_factory=list)
+    marks: dict[tuple[str, int], int] = field(default_factory=dict)
+    """The newest event of each (job, attempt)."""
+    points: list[tuple[str, int, int, bytes]] = field(default_factory=list)
+    effects: list[Effect] = field(default_factory=list)
+
+
+class Ledger:
+    """The journal, and where the outgoing streams stand."""
+
+    def __init__(self, journal: Journal, outbox_bytes: int, clock: Callable[[], float] = time.time) -> None:
+        self.journal = journal
+        self.epoch = 0
+        self.heads: dict[Key, int] = {}
+        """Last number of every stream that has something to send."""
+        self.backlog: dict[int, list[int]] = {lane: [0, 0] for lane in Lane}
+        """Records and bytes not acknowledged, per lane."""
+        self.drained = anyio.Event()
+        """Set when everything is acknowledged; who waits puts a new one here first."""
+        self.on_append: Callable[[], None] = lambda: None
+        self._outbox_bytes = outbox_bytes
+        self._clock = clock
+        self._kept_at: dict[str, float] = {}
+
+    async def load(self, epoch: int) -> list[Job]:
+        """Begin this boot's streams and return the jobs of the journal."""
+        self.epoch = epoch
+        await self.journal.write(lambda tx: tx.set_epoch(epoch))
+        for stream in await self.journal.read(lambda rows: rows.streams()):
+            self.heads[Key(stream.epoch, stream.scope, stream.lane)] = stream.last
+        self.count(await self.journal.read(lambda rows: rows.backlog()))
+        return [job_decoder.decode(body) for _, body in await self.journal.read(lambda rows: rows.all_jobs())]
+
+    def count(self, backlog: dict[int, tuple[int, int]]) -> None:
+        """Take over what the journal says is not acknowledged."""
+        for lane in Lane:
+            self.backlog[lane] = list(backlog.get(lane, (0, 0)))
+        if not any(records for records, _ in self.backlog.values()):
+            self.drained.set()
+
+    def append(self, batch: Batch, scope: str, lane: int, record: AnyRecord) -> None:
+        """Add a record to a batch. Over the quota log lines are left out, and points are thinned."""
+        if lane != Lane.CONTROL and self._over_quota():
+            if not isinstance(record, Point):
+                return
+            now = self._clock()
+            if now - self._kept_at.get(scope, 0.0) < OVER_QUOTA_EVERY:
+                return
+            self._kept_at[scope] = now
+        batch.appends.append((scope, int(lane), admit(record)))
+
+    def _over_quota(self) -> bool:
+        return sum(size for _, size in self.backlog.values()) > self._outbox_bytes
+
+    async def write(self, batch: Batch, also: Callable[[Tx], None] | None = None) -> None:
+        """Commit a batch. Raises JournalFull, and then nothing of it is written."""
+        changed = [
+            (job.job_id, str(job.state), job.order, job_encoder.encode(job)) for job in batch.jobs.values()
+        ]
+
+        def change(tx: Tx) -> list[int]:
+            for changed_row in changed:
+                tx.put_job(*changed_row)
+            for (job_id, attempt), number in batch.marks.items():
+                tx.mark_event(job_id, attempt, number)
+            for point in batch.points:
+                tx.put_point(*point)
+            if also is not None:
+                also(tx)
+            return [tx.append(*row) for row in batch.appends]
+
+        numbers = await self.journal.write(change)
+        for (scope, lane, body), number in zip(batch.appends, numbers, strict=True):
+            self.heads[Key(self.epoch, scope, lane)] = number
+            self.backlog[lane][0] += 1
+            self.backlog[lane][1] += len(body)
