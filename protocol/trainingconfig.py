@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from protocol.jobspec import RUNNABLE, BadSpec, JobSpec, Method
+from protocol.jobspec import RUNNABLE, BadSpec, JobSpec, LoraSpec, Method
 
 _MODEL = {"name", "trust_remote_code", "torch_dtype", "dtype", "device_map", "revision"}
 _TOKENIZER = {"name", "trust_remote_code", "padding_side", "add_eos_token", "chat_template"}
@@ -218,7 +218,7 @@ def job_spec(job_id: str, config: Mapping[str, Any], dataset_path: str = "", nam
         "output": _section(config, "output", "output"),
         "samples": config.get("samples") or [],
     }
-    lora = _lora(config, training)
+    lora, written = _lora(config, training)
     if lora is not None:
         tree["lora"] = lora
     elif tree["model"].get("quantization"):
@@ -229,14 +229,36 @@ def job_spec(job_id: str, config: Mapping[str, Any], dataset_path: str = "", nam
     try:
         return msgspec.convert(tree, JobSpec)
     except msgspec.ValidationError as error:
-        raise _located(error) from None
+        raise _located(error, written | _written(config, training, data)) from None
 
 
-def _located(error: msgspec.ValidationError) -> BadSpec:
+def _written(
+    config: Mapping[str, Any], training: Mapping[str, Any], data: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return where the user wrote what a JobSpec calls otherwise."""
+    model = _section(config, "model", "model")
+    quant = "training.quantization" if training.get("quantization") else "quantization"
+    held_out = "data.eval_split" if data.get("eval_split") is not None else "eval_split"
+    epochs = "num_epochs" if training.get("num_epochs") is not None else "num_train_epochs"
+    strategy = "evaluation_strategy" if training.get("evaluation_strategy") is not None else "eval_strategy"
+    return {
+        "training.epochs": f"training.{epochs}",
+        "training.eval_strategy": f"training.{strategy}",
+        "training.seed": "training.seed" if training.get("seed") is not None else "seed",
+        "data.eval_fraction": held_out,
+        "data.path": "dataset_path" if data.get("path") is None else "data.path",
+        "model.dtype": "model.dtype" if model.get("dtype") is not None else "model.torch_dtype",
+        "model.quantization.quant_type": f"{quant}.bnb_4bit_quant_type",
+        "model.quantization.compute_dtype": f"{quant}.bnb_4bit_compute_dtype",
+        "model.quantization.double_quant": f"{quant}.bnb_4bit_use_double_quant",
+    }
+
+
+def _located(error: msgspec.ValidationError, written: Mapping[str, str]) -> BadSpec:
     """Turn msgspec's `... - at `$.training.batch_size`` into path and sentence."""
     text, _, where = str(error).partition(" - at `$")
     path = where.rstrip("`").lstrip(".")
-    return BadSpec(path.replace("training.epochs", "training.num_epochs"), f"{text}.")
+    return BadSpec(written.get(path, path), f"{text}.")
 
 
 def _method(value: Any) -> str:
@@ -306,43 +328,35 @@ def _data(config: Mapping[str, Any], data: Mapping[str, Any], dataset_path: str)
     return tree
 
 
-def _lora(config: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Any] | None:
+def _lora(
+    config: Mapping[str, Any], training: Mapping[str, Any]
+) -> tuple[dict[str, Any] | None, dict[str, str]]:
+    """Return the adapter, None for none, and for each of its values the path where it was written."""
     top = _section(config, "lora", "lora")
     _known(top, _LORA, "lora")
     nested = _section(training, "lora_config", "training.lora_config")
     _known(nested, _LORA, "training.lora_config")
     asked = training.get("use_lora")
+    if asked is not None and not isinstance(asked, bool):
+        raise BadSpec("training.use_lora", "expected true or false.")
     if asked is False or (asked is None and not top and not nested and training.get("lora_r") is None):
-        return None
+        return None, {}
     tree: dict[str, Any] = {}
-    spellings = {
-        "r": (training.get("lora_r"), nested.get("r"), nested.get("lora_r"), top.get("r")),
-        "alpha": (
-            training.get("lora_alpha"),
-            nested.get("lora_alpha"),
-            nested.get("alpha"),
-            top.get("alpha"),
-            top.get("lora_alpha"),
-        ),
-        "dropout": (
-            training.get("lora_dropout"),
-            nested.get("lora_dropout"),
-            nested.get("dropout"),
-            top.get("dropout"),
-            top.get("lora_dropout"),
-        ),
-    }
-    for name in ("target_modules", "bias", "modules_to_save", "use_rslora", "use_dora"):
-        spellings[name] = (nested.get(name), top.get(name))
-    for name, values in spellings.items():
-        value = _first(*values)
-        if value is not None:
-            tree[name] = value
-    for section, path in ((nested, "training.lora_config"), (top, "lora")):
+    written: dict[str, str] = {}
+    places = (("training", training), ("training.lora_config", nested), ("lora", top))
+    for name in LoraSpec.__struct_fields__:
+        for path, section in places:
+            # At the top of `training` only the spelling with the prefix is LoRA's.
+            spellings = (f"lora_{name}",) if section is training else (name, f"lora_{name}")
+            spelled = next((key for key in spellings if section.get(key) not in (None, [])), None)
+            if spelled is not None:
+                tree[name], written[f"lora.{name}"] = section[spelled], f"{path}.{spelled}"
+                break
+    for path, section in places[1:]:
         task = section.get("task_type")
         if task not in (None, "CAUSAL_LM"):
             raise BadSpec(f"{path}.task_type", f'"{task}" cannot be trained here; only CAUSAL_LM can.')
-    return tree
+    return tree, written
 
 
 def _training(config: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Any]:

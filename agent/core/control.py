@@ -1,6 +1,5 @@
 """One meaning for socket, local API and command line: wants, offers and commands."""
 
-import json
 from typing import Any
 
 import msgspec
@@ -10,7 +9,7 @@ from agent.core.job import Job, react, report, settle
 from agent.errors import NotPossible
 from protocol.jobspec import BadSpec
 from protocol.lifecycle import HAS_WORKER, TERMINAL, JobState, Trigger, Want, cannot
-from protocol.messages import CommandKind, Desired, Lane, Notice
+from protocol.messages import CommandKind, Desired, JobStatus, Lane, Notice
 from protocol.trainingconfig import job_spec
 from protocol.worker import EvaluateNow, Parameters, SaveNow, SetParameters
 
@@ -56,7 +55,10 @@ def new_job(job_id: str, config: str, *, dataset_path: str, name: str, order: in
 def parsed(config: str) -> dict[str, Any]:
     """Return the object in ``config``; raises BadSpec."""
     try:
-        tree = json.loads(config)
+        # Stricter than the standard library's: neither NaN nor half a character pair comes in.
+        tree = msgspec.json.decode(config)
+    except RecursionError:
+        raise BadSpec("config", "not JSON that can be read: it is nested too deeply.") from None
     except ValueError as error:
         raise BadSpec("config", f"not JSON: {error}.") from None
     if not isinstance(tree, dict):
@@ -77,24 +79,39 @@ def desire(job: Job, desired: Desired, *, now: float) -> tuple[Job, list[Effect]
     want = Want(desired.want)
     job = msgspec.structs.replace(job, observed=desired.version)
     effects: list[Effect] = []
-    if desired.parameters != Parameters():
-        job, effects = change(job, desired.parameters)
-    if job.want_by == OWNER and job.want is Want.PAUSE and want in (Want.RUN, Want.STOP):
-        text = "The owner of the machine paused this job; it goes on when they resume it."
-        return job, [
-            *effects,
-            Report(job.job_id, Lane.CONTROL, Notice(now, "warning", text, job.attempt)),
-            report(job, now),
-        ]
-    try:
-        job, more = wanted(job, want, by=USER, now=now, checkpoint=desired.checkpoint)
-    except NotPossible as error:
-        return job, [
-            *effects,
-            Report(job.job_id, Lane.CONTROL, Notice(now, "warning", str(error), job.attempt)),
-        ]
+    fresh = news(job.asked, desired.parameters)
+    job = msgspec.structs.replace(job, asked=desired.parameters)
+    if fresh != Parameters() and job.state not in TERMINAL:
+        job, effects = change(job, fresh)
+    more: list[Effect] = []
+    if job.want_by == OWNER and job.want is Want.PAUSE and want is not Want.CANCEL:
+        if want is not Want.PAUSE:
+            more.append(
+                _warning(
+                    job, now, "The owner of the machine paused this job; it goes on when they resume it."
+                )
+            )
+    else:
+        try:
+            job, more = wanted(job, want, by=USER, now=now, checkpoint=desired.checkpoint)
+        except NotPossible as error:
+            # A job wanted to run again is being retried: the command for that comes by itself.
+            more = [] if want is Want.RUN else [_warning(job, now, str(error))]
     # The version is observed even where nothing moved, and the backend waits to hear it.
-    return job, [*effects, *(more or [report(job, now)])]
+    told = any(isinstance(effect, Report) and isinstance(effect.record, JobStatus) for effect in more)
+    return job, [*effects, *more, *([] if told else [report(job, now)])]
+
+
+def _warning(job: Job, now: float, text: str) -> Report:
+    return Report(job.job_id, Lane.CONTROL, Notice(now, "warning", text, job.attempt))
+
+
+def news(old: Parameters, new: Parameters) -> Parameters:
+    """Return those of ``new`` that ``old`` does not say: a repeat must not undo what was set here since."""
+    before = msgspec.structs.asdict(old)
+    return Parameters(
+        **{name: value for name, value in msgspec.structs.asdict(new).items() if value != before[name]}
+    )
 
 
 def wanted(job: Job, want: Want, *, by: str, now: float, checkpoint: str = "") -> tuple[Job, list[Effect]]:

@@ -6,8 +6,9 @@ import msgspec
 
 from agent.core.effects import Effect, Report
 from agent.core.job import Job, lost, react, report
+from agent.core.outbox import WORD, cut
 from protocol.failures import Failure
-from protocol.lifecycle import TERMINAL, JobState, Trigger
+from protocol.lifecycle import HAS_WORKER, TERMINAL, JobState, Trigger
 from protocol.messages import (
     AnyRecord,
     Checkpoint,
@@ -44,6 +45,9 @@ def hear(job: Job, numbered: Numbered, *, now: float) -> tuple[Job, list[Effect]
     if numbered.attempt != job.attempt or numbered.number <= job.heard:
         return None
     job = msgspec.structs.replace(job, heard=numbered.number)
+    if job.state not in HAS_WORKER and job.state not in TERMINAL:
+        # Queued again or paused while an attempt's process still talked: its word is over.
+        return job, []
     return _heard(job, numbered.event, now)
 
 
@@ -91,11 +95,10 @@ def _heard(job: Job, event: AnyEvent, now: float) -> tuple[Job, list[Effect]]:
         case Failed(failure=failure):
             return react(job, Trigger.FAULT, now=now, by="agent", failure=failure)
         case Note(level=level, text=text):
+            text = cut(text, WORD)
             kept = [*job.notes, text][-NOTES_KEPT:]
-            kind = "warning" if level == "warning" else "info"
-            return msgspec.structs.replace(job, notes=kept), [
-                _control(job, Notice(now, "warning" if kind == "warning" else "info", text, job.attempt))
-            ]
+            notice = Notice(now, "warning" if level == "warning" else "info", text, job.attempt)
+            return msgspec.structs.replace(job, notes=kept), [_control(job, notice)]
         case ParametersSet(step=at, parameters=parameters, refused=refused):
             job = msgspec.structs.replace(
                 job,
@@ -148,6 +151,9 @@ def _ready(job: Job, event: Ready, now: float) -> tuple[Job, list[Effect]]:
 
 
 def _finished(job: Job, event: Finished, now: float) -> tuple[Job, list[Effect]]:
+    if job.state in TERMINAL or job.state is JobState.CANCELLING:
+        # It was quicker than the cancel, and what was wanted is not a model.
+        return job, []
     job = msgspec.structs.replace(
         job,
         model_path=event.model_path,
@@ -179,7 +185,7 @@ def gone(
     ``left`` is what the process said it left for, "" where it said nothing; ``why`` describes its
     end; ``failure`` is set when it had to be ended for what it did.
     """
-    if attempt != job.attempt or job.state in TERMINAL:
+    if attempt != job.attempt or job.state not in HAS_WORKER:
         return job, []
     if job.state is JobState.CANCELLING:
         return react(job, Trigger.RELEASED, now=now)

@@ -62,6 +62,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     worker_pid: int = 0
     worker_created: float = 0.0
     parameters: Parameters = Parameters()
+    asked: Parameters = Parameters()
+    """Those that the backend last asked for: what it repeats is no news."""
     model_name: str = ""
     method: str = ""
     step: int = 0
@@ -144,7 +146,7 @@ def step(
         case JobState.CANCELLING:
             effects += [Ask(job.job_id, Cancel()), EndWorker(job.job_id, CANCEL_GRACE)]
         case JobState.QUEUED:
-            change["completed_at"] = None
+            change |= {"completed_at": None, "held": ""}
             if trigger is Trigger.RETRY:
                 change |= {"want": Want.RUN, "failure": None, "losses": 0}
         case JobState.FAILED:
@@ -154,7 +156,7 @@ def step(
         case _:
             pass
     if state in TERMINAL:
-        change["completed_at"] = now
+        change |= {"completed_at": now, "held": ""}
     new = msgspec.structs.replace(job, **change)
     return new, [report(new, now), *effects]
 

@@ -5,14 +5,32 @@ from collections.abc import Iterable
 
 import msgspec
 
-from protocol.codec import encode_record
-from protocol.messages import MAX_RECORD, AnyRecord, JobStatus, LogChunk, Notice, Point, Result, Schema
+from protocol.codec import decode_record, encode_record
+from protocol.failures import failure
+from protocol.messages import (
+    MAX_RECORD,
+    AnyRecord,
+    Checkpoint,
+    CommandDone,
+    JobFacts,
+    JobStatus,
+    LogChunk,
+    Notice,
+    ParametersApplied,
+    Point,
+    Result,
+    Schema,
+)
 from protocol.worker import Metrics
 
 PROSE = 32_768
 """Characters of one text; the contract's limit is twice that, for texts of more than one byte a character."""
 LINES = 1024
 WORD = 2_048
+TRACEBACK = 12_000
+LOG_LINE = 512
+"""50 of these lines and the traceback are a failure's evidence: with four bytes a character they still fit."""
+ROWS = 1_000
 
 
 def schema_of(names: Iterable[str]) -> Schema:
@@ -56,29 +74,63 @@ def cut(text: str, limit: int = PROSE) -> str:
 
 
 def admit(record: AnyRecord) -> bytes:
-    """Return the record as it is stored, with its texts cut so that it surely fits a frame."""
-    body = encode_record(_bounded(record))
-    if len(body) > MAX_RECORD:
-        raise ValueError(f"a {type(record).__name__} record of {len(body)} bytes; the limit is {MAX_RECORD}")
-    return body
+    """Return the record as it is stored: its texts cut to fit a frame, and sure to be read at the other end.
+
+    What cannot be made so, since a trainer said something outlandish, becomes a notice that says it.
+    """
+    try:
+        body = encode_record(_bounded(record))
+        if len(body) <= MAX_RECORD:
+            decode_record(body)
+            return body
+        why = f"{len(body)} bytes, and {MAX_RECORD} may travel"
+    except (ValueError, OverflowError) as error:
+        why = cut(str(error), WORD)
+    if isinstance(record, JobStatus):
+        # Whatever else is lost, the state arrives.
+        return encode_record(_bare(record))
+    text = f"A report of the kind {type(record).__name__} could not be sent: {why}."
+    attempt = getattr(record, "attempt", 0)
+    return encode_record(Notice(getattr(record, "time", 0.0), "warning", _plain(text), attempt))
+
+
+def _plain(text: str) -> str:
+    return cut(text, WORD).encode("utf-8", "replace").decode()
+
+
+def _bare(status: JobStatus) -> JobStatus:
+    cause = status.failure and failure(status.failure.reason, _plain(status.failure.sentence))
+    return msgspec.structs.replace(status, detail=_plain(status.detail), failure=cause)
 
 
 def _bounded(record: AnyRecord) -> AnyRecord:
     match record:
-        case JobStatus(failure=failure) if failure is not None and failure.evidence is not None:
+        case JobStatus(failure=cause) if cause is not None and cause.evidence is not None:
+            seen = cause.evidence
             evidence = msgspec.structs.replace(
-                failure.evidence,
-                traceback=cut(failure.evidence.traceback),
-                log_tail=[cut(line, WORD) for line in failure.evidence.log_tail[-50:]],
+                seen,
+                traceback=cut(seen.traceback, TRACEBACK),
+                log_tail=[cut(line, LOG_LINE) for line in seen.log_tail[-50:]],
+                rows=seen.rows[:ROWS],
             )
-            failure = msgspec.structs.replace(
-                failure, sentence=cut(failure.sentence, WORD), evidence=evidence
-            )
-            return msgspec.structs.replace(record, detail=cut(record.detail, WORD), failure=failure)
-        case JobStatus(detail=detail):
-            return msgspec.structs.replace(record, detail=cut(detail, WORD)) if len(detail) > WORD else record
+            cause = msgspec.structs.replace(cause, sentence=cut(cause.sentence, WORD), evidence=evidence)
+            return msgspec.structs.replace(record, detail=cut(record.detail, WORD), failure=cause)
+        case JobStatus(detail=detail, failure=cause):
+            if cause is not None and len(cause.sentence) > WORD:
+                cause = msgspec.structs.replace(cause, sentence=cut(cause.sentence, WORD))
+            return msgspec.structs.replace(record, detail=cut(detail, WORD), failure=cause)
         case Notice(text=text):
             return msgspec.structs.replace(record, text=cut(text, WORD)) if len(text) > WORD else record
+        case Checkpoint(name=name):
+            return msgspec.structs.replace(record, name=cut(name, WORD))
+        case ParametersApplied(refused=refused):
+            return msgspec.structs.replace(record, refused=cut(refused, WORD))
+        case CommandDone(detail=detail):
+            return msgspec.structs.replace(record, detail=cut(detail, WORD))
+        case JobFacts(facts=facts):
+            # Names of at most 256 characters and values of a few thousand, 64 of them: the contract's own limits.
+            kept_facts = {cut(name, 200): cut(value, WORD) for name, value in list(facts.items())[:48]}
+            return msgspec.structs.replace(record, facts=kept_facts)
         case Result(samples=samples):
             kept = [
                 {
@@ -92,18 +144,28 @@ def _bounded(record: AnyRecord) -> AnyRecord:
             return record
 
 
-def chunks(chunk: LogChunk, limit: int = 48_000) -> list[LogChunk]:
-    """Return a chunk of log as records of at most ``limit`` characters, in order."""
+def chunks(chunk: LogChunk, limit: int = 40_000) -> list[LogChunk]:
+    """Return a chunk of log as records of at most ``limit`` characters, in order.
+
+    Each says the byte where it begins, as far as the lines are still those of the file.
+    """
     parts: list[LogChunk] = []
     lines: list[str] = []
     size = 0
+    offset = after = chunk.offset
+
+    def close() -> None:
+        dropped = 0 if parts else chunk.dropped
+        parts.append(msgspec.structs.replace(chunk, lines=lines, offset=offset, dropped=dropped))
+
     for line in chunk.lines:
-        line = cut(line, PROSE)
-        if lines and (size + len(line) > limit or len(lines) >= LINES):
-            parts.append(msgspec.structs.replace(chunk, lines=lines, dropped=0 if parts else chunk.dropped))
-            lines, size = [], 0
-        lines.append(line)
-        size += len(line) + 1
+        shown = cut(line, PROSE)
+        if lines and (size + len(shown) > limit or len(lines) >= LINES):
+            close()
+            lines, size, offset = [], 0, after
+        lines.append(shown)
+        size += len(shown) + 1
+        after += len(line.encode("utf-8", "replace")) + 1
     if lines or not parts:
-        parts.append(msgspec.structs.replace(chunk, lines=lines, dropped=0 if parts else chunk.dropped))
+        close()
     return parts
