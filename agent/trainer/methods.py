@@ -1,6 +1,5 @@
 """One table: method -> trainer; and a job's hyper-parameters in the trainer's own words."""
 
-import warnings
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ from trl import SFTConfig
 
 from agent.trainer.control import ControlledSFTTrainer, Job
 from agent.trainer.errors import TrainerError
-from agent.trainer.model import Loaded, Precision
+from agent.trainer.model import Loaded, Precision, old_name_allowed
 from protocol.failures import FailureReason
 from protocol.jobspec import JobSpec, Method
 
@@ -83,9 +82,7 @@ def build(
 ) -> ControlledSFTTrainer:
     """Return the trainer of a job; its rows are tokenised and packed here."""
     try:
-        with warnings.catch_warnings():
-            # PEFT 0.21 asks transformers by a name that 5.23 has renamed; both versions are pinned.
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        with old_name_allowed():
             return trainer_class(spec.method)(
                 model=loaded.model,
                 args=args,

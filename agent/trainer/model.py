@@ -1,6 +1,8 @@
 """Loading: tokenizer, weights, precision, quantisation and adapter, with a sentence for each way it can fail."""
 
-from collections.abc import Callable
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -195,6 +197,14 @@ def lora_config(spec: JobSpec, model: Any) -> LoraConfig | None:
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
     )
+
+
+@contextlib.contextmanager
+def old_name_allowed() -> Iterator[None]:
+    """Silence PEFT 0.21, which asks a model by a name that transformers 5.23 has renamed; both are pinned."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        yield
 
 
 def _keep_differentiable(model: Any) -> None:

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors import safe_open
 
 from agent.trainer import checkpoint
-from agent.trainer.model import load_base
+from agent.trainer.model import load_base, old_name_allowed
 from protocol.jobspec import JobSpec
 from protocol.worker import Limits, Workspace
 
@@ -36,8 +36,10 @@ class Output:
         if full:
             raise checkpoint.disk_full(self.final.parent, "the final model") from error
 
-    def write(self, model: Any, tokenizer: Any) -> str:
+    def write(self, model: Any, tokenizer: Any, *, use_cache: bool) -> str:
         """Write weights and tokenizer; return the hash of the weights."""
+        # Trainer switches the cache off in the configuration; whoever uses the model wants it as it was.
+        model.config.use_cache = use_cache
         model.save_pretrained(self.staging)
         tokenizer.save_pretrained(self.staging)
         return weights_hash(self.staging)
@@ -48,7 +50,8 @@ class Output:
         The base is loaded anew: merging into 4-bit weights would quantise the result again.
         """
         base = load_base(spec, workspace, limits, torch.bfloat16)
-        merged = PeftModel.from_pretrained(base, self.staging, autocast_adapter_dtype=False)
+        with old_name_allowed():
+            merged = PeftModel.from_pretrained(base, self.staging, autocast_adapter_dtype=False)
         merged = merged.merge_and_unload(safe_merge=True)
         merged.save_pretrained(self.staging / MERGED)
         tokenizer.save_pretrained(self.staging / MERGED)

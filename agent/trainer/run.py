@@ -58,6 +58,7 @@ class _Ground:
     tokenizer: Any
     prepared: Any
     trainer: ControlledSFTTrainer
+    use_cache: bool
 
 
 class _Run:
@@ -133,6 +134,7 @@ class _Run:
         self._say(Phase.LOAD, f"Loading the model {Path(where).name}.")
         precision = choose_precision(spec, start.limits, self._note)
         loaded = load_model(spec, start.workspace, start.limits, precision, tokenizer)
+        use_cache = bool(getattr(loaded.model.config, "use_cache", True))
         inputs = self._inputs(prepared)
         if found is not None:
             self._check_inputs(found, inputs)
@@ -166,7 +168,7 @@ class _Run:
         if rows == 0:
             raise self._no_rows(prepared)
         self._count_sizes(job, trainer, prepared)
-        return _Ground(tokenizer, prepared, trainer)
+        return _Ground(tokenizer, prepared, trainer, use_cache)
 
     def _no_rows(self, prepared: Any) -> TrainerError:
         return TrainerError(
@@ -324,7 +326,7 @@ class _Run:
         is_best = trainer.take_best()
         taken = self._sample_after(ground)
         with Output(workspace) as output:
-            digest = output.write(trainer.model, ground.tokenizer)
+            digest = output.write(trainer.model, ground.tokenizer, use_cache=ground.use_cache)
             inbox.leave_unless_finishing()
             merge = self.spec.output.merge_adapter and self.spec.lora is not None
             if merge:
