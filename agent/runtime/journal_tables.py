@@ -228,8 +228,6 @@ class Tx(Reader):
             )
         gone = self._delete(stream, acked)
         self._db.execute("UPDATE streams SET acked = ? WHERE id = ?", (acked, stream))
-        if acked == last and epoch != self.epoch():
-            self._db.execute("DELETE FROM streams WHERE id = ?", (stream,))
         return gone
 
     def drop(self, epoch: int, scope: str, lane: int, upto: int) -> int:

@@ -112,25 +112,31 @@ class LogTail:
     def _shorten(self, size: int) -> int:
         """Drop the middle of the file: its first half stays, and its very end. Return the new size.
 
-        What the trainer writes in these microseconds is dropped too, and not counted.
+        The trainer goes on appending meanwhile. What it writes between the last two calls is lost.
         """
         cut = self._quota // 2
         tail_from = size - min(_KEPT_TAIL, self._quota // 4)
-        with self.path.open("r+b") as file:
+        with self.path.open("r+b", buffering=0) as file:
             file.seek(tail_from)
             tail = file.read()
             self._dropped += tail_from - cut
             marker = (
                 f"\n[{self._dropped} bytes dropped here: the log has reached its limit of {self._quota}]\n"
             )
-            file.truncate(cut)
-        with self.path.open("ab") as file:
+            # In its new place before the file is cut: appended after, it could come behind newer lines.
+            file.seek(cut)
             file.write(marker.encode() + tail)
+            file.seek(tail_from + len(tail))
+            late = file.read()
+            size = cut + len(marker) + len(tail) + len(late)
+            file.seek(size - len(late))
+            file.write(late)
+            file.truncate(size)
         if self._lines.at > cut:
             already = max(0, self._lines.start - tail_from)
             # What was read of the end is not read again; otherwise the marker is what comes next.
             self._lines = _Lines(cut + len(marker) + already if already else cut + 1)
-        return cut + len(marker) + len(tail)
+        return size
 
 
 def read_lines(

@@ -174,7 +174,7 @@ def test_the_machines_figures_are_sane(tmp_path: Path) -> None:
 
 def test_network_rates_are_since_the_sample_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def traffic(sent: int, received: int) -> dict[str, Any]:
-        own = SimpleNamespace(bytes_sent=10**12, bytes_recv=10**12)
+        own = SimpleNamespace(bytes_sent=sent * 7, bytes_recv=received * 7)
         return {"lo": own, "eth0": SimpleNamespace(bytes_sent=sent, bytes_recv=received)}
 
     counters = iter([traffic(0, 0), traffic(4_000_000, 1_000_000), traffic(0, 0)])

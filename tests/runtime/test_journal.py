@@ -1,8 +1,10 @@
+import asyncio
 import os
 import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -56,6 +58,17 @@ def test_jobs_come_back_in_order_after_a_restart(path: Path) -> None:
 
     with_journal(path, first)
     with_journal(path, second)
+
+
+def test_what_is_committed_is_on_the_disk(path: Path) -> None:
+    # A power cut cannot be tried here; these are the settings that SQLite promises it for.
+    async def use(journal: Journal) -> None:
+        promised = {"synchronous": 2, "journal_mode": "wal", "wal_autocheckpoint": 64}
+        assert {
+            name: await journal.read(lambda r, n=name: r._one(f"PRAGMA {n}")) for name in promised
+        } == promised
+
+    with_journal(path, use)
 
 
 def test_each_start_is_counted(path: Path) -> None:
@@ -349,6 +362,7 @@ def test_a_damaged_journal_is_moved_aside_and_a_fresh_one_made(path: Path, how: 
     else:
         data[3 * 4096 : 12 * 4096] = bytes(9 * 4096)
     path.write_bytes(data)
+    path.with_name("journal.sqlite-wal").write_bytes(b"of a killed agent")
     with_journal(path, look)
 
 
@@ -515,9 +529,13 @@ def test_where_an_append_finds_no_room_a_delete_beside_it_is_done(path: Path) ->
         async def shrink() -> None:
             outcomes.append(await journal.write(lambda tx: tx.trim(7, "agent", 1, 50)))
 
+        together = threading.Event()
         async with anyio.create_task_group() as group:
+            group.start_soon(journal.read, lambda r: together.wait())
             group.start_soon(grow)
             group.start_soon(shrink)
+            await anyio.wait_all_tasks_blocked()
+            together.set()
         assert outcomes == [JournalFull, 50]
         assert (await journal.read(Reader.streams))[0].last == 50
 
@@ -537,10 +555,13 @@ def test_what_a_question_raises_is_raised_to_who_asked(path: Path) -> None:
 
 def test_a_change_is_made_also_when_nobody_waits_for_it_any_more(path: Path) -> None:
     async def use(journal: Journal) -> None:
+        complaints: list[dict[str, object]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
         with anyio.CancelScope() as scope:
             scope.cancel()
             await journal.write(lambda tx: tx.set_meta("asked", "yes"))
         assert await journal.read(lambda r: r.get_meta("asked")) == "yes"
+        assert complaints == []
 
     with_journal(path, use)
 

@@ -125,6 +125,12 @@ def test_pieces_give_the_same_as_the_whole(text: str, seed: int, size: int) -> N
     assert out + stream.flush() == redactor.redact(text)
 
 
+def test_what_follows_a_known_secret_stays() -> None:
+    secret = "".join(random.Random(1).choices("abcdefgh", k=300))
+    stream = Redactor([secret]).stream()
+    assert stream.feed(secret.encode().hex()) + stream.feed("and on") + stream.flush() == f"{MARK}and on"
+
+
 def test_a_stream_gives_out_what_is_settled() -> None:
     stream = Redactor(["s3cr3t-value"]).stream()
     assert len(stream.feed("word " * 1000)) > 4500
