@@ -10,8 +10,11 @@ Text = Annotated[str, Meta(max_length=4096)]
 Positive = Annotated[int, Meta(ge=1, le=1_000_000_000)]
 Natural = Annotated[int, Meta(ge=0, le=1_000_000_000)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
-JobId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
-"""Names a folder on the owner's disk, so it can hold no separator and not begin with a dot."""
+JobId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$(?!\n)")]
+"""Names a folder on the owner's disk, so it can hold no separator and not begin with a dot.
+
+`$` alone would let a line break at the end pass.
+"""
 
 
 class Method(StrEnum):

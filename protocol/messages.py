@@ -139,7 +139,7 @@ class StreamAck(msgspec.Struct, frozen=True, array_like=True):
 class DatasetRef(msgspec.Struct, frozen=True, array_like=True):
     """A data set that the backend serves at `GET /api/training/local/{id}/dataset`."""
 
-    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")]
     size: Count
     name: Name = ""
 
@@ -165,7 +165,7 @@ class Frame(msgspec.Struct, frozen=True, array_like=True):
 class Hello(Frame, frozen=True, array_like=True, tag=1):
     """First frame of a connection: who dials, with what, and where it stands."""
 
-    agent_id: Annotated[str, Meta(pattern="^agent_[A-Za-z0-9_-]{4,64}$")]
+    agent_id: Annotated[str, Meta(pattern=r"^agent_[A-Za-z0-9_-]{4,64}$(?!\n)")]
     install_id: Name
     boot: Count
     """Counts starts of the agent; on its disk before the first dial."""
