@@ -36,6 +36,10 @@ class Feed:
     def __init__(self) -> None:
         self._watches: defaultdict[str, set[Watch]] = defaultdict(set)
 
+    def watched(self, topic: str) -> bool:
+        """Tell whether anybody looks at ``topic``."""
+        return topic in self._watches
+
     def tell(self, topic: str, dots: list[Dot] | None = None, lines: list[str] | None = None) -> None:
         """Wake the pages of ``topic``; a page that falls behind is told to read again."""
         for watch in self._watches.get(topic, ()):

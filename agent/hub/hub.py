@@ -10,6 +10,7 @@ from agent.hub.auth import Keys
 from agent.hub.feed import AGENTS, Feed
 from agent.hub.ingest import Applied
 from agent.hub.model import Job
+from agent.hub.points import named
 from agent.hub.store import Store
 from agent.hub.tables import find_agent
 from protocol.messages import Command, Desired
@@ -87,7 +88,9 @@ class Hub:
     async def stored(self, applied: Applied) -> None:
         """Spread the news of a commit."""
         if applied.job is not None:
-            self.feed.tell(applied.job.id, applied.dots, applied.lines)
+            job_id = applied.job.id
+            dots = [named(*point) for point in applied.points] if self.feed.watched(job_id) else []
+            self.feed.tell(job_id, dots, applied.lines)
         self.feed.tell(AGENTS)
         if applied.ended:
             await self.place()

@@ -8,7 +8,7 @@ import msgspec
 from agent.hub import logs
 from agent.hub.errors import StreamRefused
 from agent.hub.model import Agent, Job
-from agent.hub.points import Dot, Shapes, store_points
+from agent.hub.points import Named, Shapes, store_points
 from agent.hub.progress import moved, take_facts, take_result, take_snapshot
 from agent.hub.store import Db
 from agent.hub.tables import find_agent, find_job, save_agent, save_job
@@ -48,7 +48,7 @@ class Applied:
 
     ack: int
     job: Job | None = None
-    dots: list[Dot] = field(default_factory=list)
+    points: list[Named] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     ended: bool = False
     """The job has come to an end or to a rest: its agent may have room for another."""
@@ -126,6 +126,10 @@ def bury(db: Db, agent_id: str, key: Key, lo: int, hi: int, reason: str, now: fl
 
 def _sound(record: AnyRecord) -> bool:
     """Tell whether a record's numbers can be stored."""
+    if isinstance(record, Point):
+        return (
+            -WHOLE <= record.step <= WHOLE and -WHOLE <= record.attempt <= WHOLE and record.schema_id <= WHOLE
+        )
     numbers = [getattr(record, name, 0) for name in ("step", "attempt", "offset", "size", "schema_id")]
     return all(-WHOLE <= value <= WHOLE for value in numbers)
 
@@ -181,7 +185,7 @@ def _jobs(db: Db, job: Job, key: Key, records: Sequence[msgspec.Raw], codec: Cod
     if points:
         if codec.as_json:
             points = [(point, encode_record(point)) for point, _ in points]
-        done.dots = store_points(db, job, shapes or Shapes(db, job.id), key.epoch, points)
+        done.points = store_points(db, job, shapes or Shapes(db, job.id), key.epoch, points)
     job.updated_at = now
     done.ended = was_busy and not (job.live and job.state != "paused")
     save_job(db, job)

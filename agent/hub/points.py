@@ -110,23 +110,48 @@ class Shapes:
         return self._ids[BY_REST, max(taken, default=0) + 1]
 
 
+Named = tuple[Point, list[str]]
+"""A point and the names of its values."""
+
+
 def store_points(
     db: Db, job: Job, shapes: Shapes, epoch: int, points: list[tuple[Point, bytes]]
-) -> list[Dot]:
-    """Store points with their MessagePack and bring the job's figures up to date; return them by name."""
+) -> list[Named]:
+    """Store points with their MessagePack and bring the job's figures up to date; return them with names."""
     seq = job_seq(db, job.id)
     rows = []
-    dots = []
+    stored: list[Named] = []
     found: dict[int, int] = {}
     for point, body in points:
         shape = found.get(point.schema_id)
         if shape is None:
             shape = found[point.schema_id] = shapes.find(epoch, point.schema_id)
         rows.append((seq, point.step, point.attempt, zlib.crc32(body), shape, body))
-        dots.append(_named(point, shapes.names.get(shape, [])))
+        stored.append((point, shapes.names.get(shape, [])))
     db.executemany(_INSERT, rows)
-    refresh(job, dots)
-    return dots
+    refresh(job, _newest(stored))
+    return stored
+
+
+def _newest(points: list[Named]) -> list[Dot]:
+    """Return those points that hold the newest value of some name, oldest first.
+
+    Thousands may come in one commit, and naming every value of each would be most of its cost.
+    """
+    ordered = sorted(points, key=lambda one: (one[0].attempt, one[0].step))
+    shapes = {id(names): names for _, names in ordered}
+    missing = {shape: set(names) for shape, names in shapes.items()}
+    needed: list[Dot] = []
+    for point, names in reversed(ordered):
+        left = missing[id(names)]
+        if left or not needed:
+            dot = named(point, names)
+            if not needed or not left.isdisjoint(dot.values):
+                left.difference_update(dot.values)
+                needed.append(dot)
+        elif not any(missing.values()):
+            break
+    return needed[::-1]
 
 
 def store_rest_points(db: Db, job: Job, dots: list[Dot]) -> None:
@@ -146,7 +171,8 @@ def store_rest_points(db: Db, job: Job, dots: list[Dot]) -> None:
     refresh(job, dots)
 
 
-def _named(point: Point, names: list[str]) -> Dot:
+def named(point: Point, names: list[str]) -> Dot:
+    """Return a point with its values by name."""
     values = {
         name: number(value) for name, value in zip(names, point.values, strict=False) if value is not None
     }
@@ -179,7 +205,7 @@ def curve(db: Db, job_id: str, after: int = -(2**62), limit: int = 100_000) -> l
     dots: list[Dot] = []
     same: list[Dot] = []
     for _, _, shape, body in rows:
-        dot = _named(_point.decode(body), shapes.get(shape, []))
+        dot = named(_point.decode(body), shapes.get(shape, []))
         if same and same[-1].step != dot.step:
             dots.append(_merged(same))
             same = []

@@ -16,7 +16,9 @@ from agent.hub.hub import Hub
 from protocol.messages import MAX_FRAME
 
 LINGER = 5.0
-"""Seconds in which the rest of an oversized frame is read and thrown away."""
+"""Seconds in which the rest of an oversized frame is read and thrown away, at most."""
+QUIET = 0.5
+"""Seconds without a byte after which the rest has come."""
 GOODBYE = 0.2
 
 
@@ -28,24 +30,27 @@ class Sockets(WebSocketsSansIOProtocol):
     way; so the rest is read and dropped until the peer closes.
     """
 
-    _failed = False
+    _failed_at: float | None = None
 
     def handle_parser_exception(self) -> None:
-        if self._failed:
-            return
-        self._failed = True
-        sent = self.conn.close_sent
-        code, reason = (sent.code, sent.reason) if sent else (1002, "")
-        self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
-        self.transport.write(b"".join(self.conn.data_to_send()))
-        self.close_sent = True
-        if self.read_paused:
-            self.read_paused = False
-            self.transport.resume_reading()
-        self.close_timer = self.loop.call_later(LINGER, self.transport.close)
+        if self._failed_at is None:
+            self._failed_at = self.loop.time()
+            sent = self.conn.close_sent
+            code, reason = (sent.code, sent.reason) if sent else (1002, "")
+            self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            self.close_sent = True
+            if self.read_paused:
+                self.read_paused = False
+                self.transport.resume_reading()
+        # This is called again for all that still comes.
+        if self.close_timer is not None:
+            self.close_timer.cancel()
+        left = self._failed_at + LINGER - self.loop.time()
+        self.close_timer = self.loop.call_later(max(0.0, min(QUIET, left)), self.transport.close)
 
     def eof_received(self) -> None:
-        if self._failed:
+        if self._failed_at is not None:
             self.transport.close()
 
 

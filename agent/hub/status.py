@@ -34,7 +34,6 @@ def set_status(db: Db, job: Job, status: Any, error: Any, now: float) -> Job:
         raise Refusal(400, f"Invalid status. Must be one of: {', '.join(SETTABLE)}")
     if error is not None and not isinstance(error, str):
         raise Refusal(400, "error: expected a string.")
-    job.taken = True
     if status != job.status:
         if status not in _LEGAL.get(job.status, frozenset()):
             if job.state in TERMINAL:
@@ -42,6 +41,7 @@ def set_status(db: Db, job: Job, status: Any, error: Any, now: float) -> Job:
                     409, f"The job is {job.status}; that is its end, and it cannot become {status}."
                 )
             raise Refusal(409, f"The job is {job.status}; it cannot become {status} from there.")
+        job.taken = True
         job.state = _STATE[status]
         if status == "running" and job.started_at is None:
             job.started_at = now

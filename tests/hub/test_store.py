@@ -1,0 +1,161 @@
+"""What survives: a hub killed in the middle of everything loses nothing and doubles nothing."""
+
+import random
+import signal
+import sqlite3
+import time
+from pathlib import Path
+
+import anyio
+import pytest
+
+from agent.hub.errors import StoreFailed
+from agent.hub.store import Store
+from protocol.messages import JobStatus, LogChunk, Point, Schema
+from tests.hub.support import HubProcess, job_path, submit
+from tests.support.scripted_agent import ScriptedAgent
+
+ROUNDS = 4
+PER_ROUND = 3000
+
+
+def test_a_killed_hub_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:
+    chance = random.Random(7)
+
+    async def one_round(agent: ScriptedAgent, hub: HubProcess, job_id: str, start: int) -> None:
+        async with agent.connected():
+            await agent.until_wanted(job_id)
+            for step in range(start, start + PER_ROUND):
+                agent.add(Point(1.0, 1, step, 0.0, 1, [float(step)]), job_id)
+                if step % 100 == 0:
+                    agent.add(LogChunk(1.0, 1, step, [f"line {step}"]), job_id)
+            before = dict(agent.ackeds)
+            await agent.until(lambda: agent.ackeds != before)
+            await anyio.sleep(chance.random() * 0.05)
+            hub.kill()
+
+    async def main(hub: HubProcess) -> None:
+        with hub.client() as client:
+            job_id, _ = submit(client)
+        agent = ScriptedAgent(hub.url, hub.key)
+        agent.add(JobStatus(1.0, 1, "running"), job_id)
+        agent.add(Schema(1, ["train_loss"]), job_id)
+        for number in range(ROUNDS):
+            await one_round(agent, hub, job_id, 1 + number * PER_ROUND)
+            hub.start()
+            if number == 1:
+                agent.reborn()
+        async with agent.connected():
+            await agent.until_acked()
+        with hub.client() as client:
+            points = client.get(job_path(job_id, "metrics")).json()["metrics"]
+            assert [point["step"] for point in points] == list(range(1, ROUNDS * PER_ROUND + 1))
+            assert all(point["train_loss"] == point["step"] for point in points)
+            logs = client.get(job_path(job_id, "logs"), params={"limit": 1000}).json()["logs"]
+            assert sorted(logs) == sorted({f"line {n}" for n in range(100, ROUNDS * PER_ROUND + 1, 100)})
+            assert client.get(job_path(job_id, "status")).json()["status"] == "running"
+
+    with HubProcess(tmp_path / "hub", "--no-page") as hub:
+        anyio.run(main, hub)
+        hub.kill()
+    db = sqlite3.connect(tmp_path / "hub" / "hub.sqlite3")
+    assert db.execute("SELECT count(*) FROM points").fetchone() == (ROUNDS * PER_ROUND,)
+    assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    db.close()
+
+
+def test_a_stopped_hub_says_goodbye_and_leaves_with_0(tmp_path: Path) -> None:
+    async def main(hub: HubProcess) -> None:
+        agent = ScriptedAgent(hub.url, hub.key)
+        async with agent.connected():
+            assert await anyio.to_thread.run_sync(hub.signal, signal.SIGTERM) == 0
+            code, reason = await agent.until_closed()
+            assert (code, reason) == (4000, "the hub is shutting down")
+            assert agent.goaways[0].retry_after_s > 0
+
+    with HubProcess(tmp_path / "hub", "--no-page") as hub:
+        anyio.run(main, hub)
+
+
+def test_a_key_is_made_once_and_kept_as_a_hash(tmp_path: Path) -> None:
+    with HubProcess(tmp_path / "hub", "--no-page", key=None) as hub:
+        key = hub.key
+        assert len(key) == 36
+        hub.kill()
+        assert all(
+            key.encode() not in file.read_bytes() for file in (tmp_path / "hub").iterdir() if file.is_file()
+        )
+        hub.start()
+        with hub.client() as client:
+            assert client.get("/api/training/agents").status_code == 200
+
+
+def test_two_hubs_do_not_share_a_folder(tmp_path: Path) -> None:
+    with HubProcess(tmp_path / "hub", "--no-page"), pytest.raises(RuntimeError) as refused:
+        HubProcess(tmp_path / "hub", "--no-page").start()
+    assert "another hub already uses" in str(refused.value)
+
+
+def test_a_write_that_fails_takes_no_other_with_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = Store(tmp_path / "db")
+
+        def add(name: str) -> None:
+            store._db.execute("INSERT INTO agents VALUES (?, ?)", (name, b""))
+
+        def bad(db: sqlite3.Connection) -> None:
+            add("half")
+            raise ValueError("no")
+
+        try:
+            futures = [
+                store.submit(lambda db: add("one")),
+                store.submit(bad),
+                store.submit(lambda db: add("two")),
+            ]
+            await futures[0]
+            with pytest.raises(ValueError, match="no"):
+                await futures[1]
+            await futures[2]
+            names = await store.read(lambda db: db.execute("SELECT id FROM agents ORDER BY id").fetchall())
+            assert names == [("one",), ("two",)]
+        finally:
+            store.close()
+
+    anyio.run(main)
+
+
+def test_a_full_disk_fails_the_write_and_not_the_store(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = Store(tmp_path / "db")
+        try:
+            pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+            store._db.execute(f"PRAGMA max_page_count={pages + 4}")
+            with pytest.raises(StoreFailed, match="could not be written"):
+                await store.write(
+                    lambda db: db.execute("INSERT INTO agents VALUES ('big', zeroblob(1000000))").fetchall()
+                )
+            store._db.execute("PRAGMA max_page_count=1000000")
+            await store.write(lambda db: db.execute("INSERT INTO agents VALUES ('small', x'')").fetchall())
+            assert await store.read(lambda db: db.execute("SELECT id FROM agents").fetchall()) == [("small",)]
+        finally:
+            store.close()
+
+    anyio.run(main)
+
+
+def test_many_writes_share_a_commit(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = Store(tmp_path / "db")
+        try:
+            before = store.commits
+            slow = store.submit(lambda db: time.sleep(0.05))
+            rest = [store.submit(lambda db: None) for _ in range(200)]
+            await slow
+            for future in rest:
+                await future
+            assert store.commits - before <= 3
+        finally:
+            store.close()
+
+    anyio.run(main)
