@@ -6,7 +6,6 @@ the key or this agent; 5 not our backend, or no common version; 7 another agent 
 failed or was cancelled; 12 nothing answers; 75 `run` was paused, and the same command resumes it.
 """
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -24,6 +23,9 @@ from agent.config import Settings, dialable
 from agent.errors import AgentError, Exit
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from agent.cli_show import Tenths
     from agent.core.ports import JobView, PointView
 
 # Imports inside the commands keep `start` quick to dial and the others quick to answer.
@@ -165,8 +167,8 @@ def demo(
         stay=not exit_when_done,
         browser=not no_browser,
     )
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(cli_show.bar(quiet=as_json))
+    tenths = cli_show.Tenths()
+    with cli_show.bar(to_stderr=False, quiet=as_json) as bar:
         task = bar.add_task("demo", total=None, figures="")
 
         def tell(news: demonstration.News) -> None:
@@ -174,12 +176,14 @@ def demo(
                 print(cli_show.line(news), flush=True)
                 return
             if news.job:
-                bar.update(
+                _advance(
+                    bar,
                     task,
-                    description=str(news.job["state"]),
-                    completed=news.job.get("current_step") or 0,
-                    total=news.job.get("total_steps") or None,
-                    figures=cli_show.figures(news.job),
+                    tenths,
+                    str(news.job["state"]),
+                    news.job.get("current_step") or 0,
+                    news.job.get("total_steps"),
+                    cli_show.figures(news.job),
                 )
             if news.text:
                 bar.console.print(news.text, markup=False, highlight=False, soft_wrap=True)
@@ -220,7 +224,8 @@ def run(
     name = checked(job_id or file.job_id or cli_jobfile.stable_id(job, file, dataset_path))
     _logging(settings, to_stderr=False)
     told = cli_show.Told()
-    with cli_show.bar(quiet=as_json) as bar:
+    tenths = cli_show.Tenths()
+    with cli_show.bar(to_stderr=True, quiet=as_json) as bar:
         task = bar.add_task("starting", total=None, figures="")
 
         def on_update(view: "JobView", point: "PointView | None") -> None:
@@ -228,13 +233,9 @@ def run(
                 for text in told.lines(view, point):
                     print(text, flush=True)
                 return
-            bar.update(
-                task,
-                description=view.phase if view.state is JobState.PREPARING and view.phase else view.state,
-                completed=view.step,
-                total=view.total_steps or None,
-                figures=cli_show.figures(view.values),
-            )
+            state = view.phase if view.state is JobState.PREPARING and view.phase else view.state
+            figures = cli_show.figures(view.values)
+            _advance(bar, task, tenths, state, view.step, view.total_steps or None, figures)
 
         running = partial(
             run_job,
@@ -263,6 +264,15 @@ def _leaf(group: BaseExceptionGroup[AgentError]) -> AgentError:
         error = error.exceptions[0]
     assert isinstance(error, AgentError)
     return error
+
+
+def _advance(
+    bar: "Progress", task: "TaskID", tenths: "Tenths", state: str, step: int, total: int | None, figures: str
+) -> None:
+    bar.update(task, description=state, completed=step, total=total, figures=figures)
+    line = tenths.line(state, step, total, figures) if bar.disable else None
+    if line:
+        bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 app.add_typer(commands)

@@ -174,21 +174,38 @@ def outcome(job: JobView) -> str:
             return f"The job is {job.state}."
 
 
-def bar(*, quiet: bool = False) -> "Progress":
-    """Return a progress bar with step, loss and time left, on standard error."""
+def bar(*, to_stderr: bool, quiet: bool = False) -> "Progress":
+    """Return a progress bar with step, loss and time left."""
     # Rich takes longer to import than most commands run.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    console = Console(stderr=to_stderr)
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}", markup=False),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
-        disable=quiet,
+        console=console,
+        # Where nobody sees it move, `Tenths` speaks in its place.
+        disable=quiet or not console.is_terminal,
     )
+
+
+class Tenths:
+    """A line for each state and each tenth of the way, for output that is no terminal."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, int] | None = None
+
+    def line(self, state: str, step: int, total: int | None, figures: str) -> str | None:
+        """Return the line, if there is something new to say."""
+        now = (state, 10 * step // total if total else 0)
+        if now == self._last:
+            return None
+        self._last = now
+        return f"{state}  {step}/{total}  {figures}".rstrip() if total else state
 
 
 def figures(values: Mapping[str, Any]) -> str:
