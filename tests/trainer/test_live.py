@@ -1,0 +1,79 @@
+"""Parameters that change while a job trains."""
+
+import pytest
+
+from protocol.worker import EvaluateNow, Parameters, ParametersSet, Pause, Saved, SetParameters
+from tests.trainer.conftest import Jobs, curve
+
+
+def test_a_new_learning_rate_keeps_the_shape_of_the_schedule(jobs: Jobs) -> None:
+    plain = jobs.run("plain", training={"lr_scheduler_type": "cosine"})
+    line = jobs.run(
+        "job",
+        {3: [SetParameters(Parameters(learning_rate=2e-2))]},
+        training={"lr_scheduler_type": "cosine"},
+    )
+    # The point of step 3 is said at its end; the order is taken at the end of step 4.
+    (told,) = line.of(ParametersSet)
+    assert told == ParametersSet(5, Parameters(learning_rate=2e-2))
+    for step in range(1, 9):
+        factor = 2 if step >= 5 else 1
+        assert line.points[step]["learning_rate"] == pytest.approx(
+            factor * plain.points[step]["learning_rate"]
+        )
+
+
+def test_a_new_learning_rate_survives_a_pause(jobs: Jobs) -> None:
+    faster = SetParameters(Parameters(learning_rate=2e-2))
+    untouched = jobs.run("untouched", {2: [faster]})
+    paused = jobs.run("paused", {2: [faster, Pause()]})
+    resumed = jobs.run("paused", attempt=2, parameters=Parameters(learning_rate=2e-2))
+    assert resumed.of(ParametersSet) == []
+    assert curve(paused, resumed) == curve(untouched)
+    assert resumed.last.weights_hash == untouched.last.weights_hash
+
+
+def test_parameters_set_while_paused_hold_from_the_first_step(jobs: Jobs) -> None:
+    jobs.run("job", {3: [Pause()]})
+    line = jobs.run("job", attempt=2, parameters=Parameters(learning_rate=2e-2, logging_steps=2))
+    assert line.of(ParametersSet) == [ParametersSet(5, Parameters(learning_rate=2e-2, logging_steps=2))]
+    assert list(line.points) == [6, 8]
+    assert line.points[6]["learning_rate"] == pytest.approx(2e-2 * 3 / 8)
+
+
+def test_steps_of_saving_and_evaluating_change(jobs: Jobs) -> None:
+    order = SetParameters(Parameters(save_steps=3, eval_steps=1, early_stopping_patience=9))
+    line = jobs.run(
+        "job", {2: [order]}, training={"eval_strategy": "steps", "eval_steps": 100}, eval_fraction=0.25
+    )
+    assert [step for step, values in line.points.items() if "eval_loss" in values] == [0, 3, 4, 5, 6, 7, 8]
+    assert {saved.step for saved in line.of(Saved) if saved.reason == "schedule"} == {3, 6}
+
+
+def test_schedules_survive_a_pause(jobs: Jobs) -> None:
+    order = SetParameters(Parameters(logging_steps=4))
+    jobs.run("job", {1: [order]}, delay=0)
+    paused = jobs.run("paused", {1: [order], 4: [Pause()]})
+    resumed = jobs.run("paused", attempt=2)
+    assert list(paused.points) == [1, 4]
+    assert list(resumed.points) == [8]
+
+
+def test_a_batch_size_is_refused_with_a_sentence_and_the_rest_is_taken(jobs: Jobs) -> None:
+    line = jobs.run("job", {2: [SetParameters(Parameters(batch_size=2, save_steps=3, eval_steps=5))]})
+    (told,) = line.of(ParametersSet)
+    assert told.parameters == Parameters(save_steps=3)
+    assert "batch_size stays 4" in told.refused
+    assert "eval_steps has no effect" in told.refused
+
+
+def test_the_batch_size_that_is_already_in_force_is_no_refusal(jobs: Jobs) -> None:
+    line = jobs.run("job", {2: [SetParameters(Parameters(batch_size=4)), EvaluateNow()]}, eval_fraction=0.25)
+    (told,) = line.of(ParametersSet)
+    assert told.refused == ""
+
+
+def test_a_learning_rate_of_nothing_is_refused(jobs: Jobs) -> None:
+    line = jobs.run("job", {2: [SetParameters(Parameters(learning_rate=-1.0))]})
+    (told,) = line.of(ParametersSet)
+    assert told.refused == "learning_rate must be greater than 0, not -1.0."
