@@ -1,7 +1,6 @@
 """A hub in a process of its own, and a client for its REST routes."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -44,17 +43,19 @@ class HubProcess:
             "--data-dir",
             str(self.data_dir),
         ]
-        self._process = subprocess.Popen(
-            [*command, "--json", *self._given, *self.options],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
+        self.log = self.data_dir.with_suffix(".log")
+        with self.log.open("a") as log:
+            self._process = subprocess.Popen(
+                [*command, "--json", *self._given, *self.options],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the hub did not start: {self._process.communicate()[1]}")
+            self._process.communicate()
+            raise RuntimeError(f"the hub did not start: {self.log.read_text()}")
         said = json.loads(line)
         self.url = said["url"]
         self._port = int(self.url.rsplit(":", 1)[1])

@@ -50,7 +50,7 @@ def with_page(hub: Hub, open_to_all: bool) -> Any:
     """Return the application with the page; ``open_to_all``: only this machine can reach it, so no login."""
     nicegui.storage.Storage.path = hub.data_dir / "page"
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    login.add(app, hub)
+    login.add(hub)
     overview.add(hub, open_to_all)
     job.add(hub, open_to_all)
     ui.run_with(

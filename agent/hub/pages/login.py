@@ -2,10 +2,9 @@
 
 from urllib.parse import parse_qs
 
-from fastapi import FastAPI
+from nicegui import app
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
-from starlette.routing import Route
 
 from agent.hub.hub import Hub
 from agent.hub.web import body_of
@@ -25,7 +24,7 @@ def logged_in(request: Request, open_to_all: bool) -> bool:
     return open_to_all or bool(request.session.get("known"))
 
 
-def add(app: FastAPI, hub: Hub) -> None:
+def add(hub: Hub) -> None:
     """Serve `/login`."""
 
     async def show(request: Request) -> Response:
@@ -38,5 +37,5 @@ def add(app: FastAPI, hub: Hub) -> None:
         request.session["known"] = True
         return RedirectResponse("/", 303)
 
-    app.router.routes.append(Route("/login", show, methods=["GET"]))
-    app.router.routes.append(Route("/login", enter, methods=["POST"]))
+    app.add_route("/login", show, methods=["GET"])
+    app.add_route("/login", enter, methods=["POST"])
