@@ -13,6 +13,7 @@ import types
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import anyio
@@ -83,6 +84,8 @@ class Child:
         log.parent.mkdir(parents=True, exist_ok=True)
         # Tried here, where somebody can be told; the child could only die of it.
         os.close(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600))
+        # Its first start unblocks the very signal that is to be held back.
+        resource_tracker.ensure_running()
         with _plain_main(), _interrupts_held_back():
             self._process.start()
         pid = self._process.pid

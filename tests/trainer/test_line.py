@@ -181,6 +181,20 @@ def test_with_the_agent_silent_events_go_to_disk_and_all_arrive_in_order(
         assert list(folder.iterdir()) == []
 
 
+def test_the_order_holds_while_the_agent_now_and_then_makes_room(agent: Agent, tmp_path: Path) -> None:
+    line = Line(agent.orders, agent.events)
+    line.begin(1, 1, str(tmp_path))
+    texts = [f"{number} " + "x" * 3000 for number in range(3000)]
+    heard: list[str] = []
+    listener = threading.Thread(target=lambda: heard.extend(agent.texts(3000)))
+    for number, text in enumerate(texts):
+        say(line, text)
+        if number == 400:  # the pipe is full: the thread that sends is waiting
+            listener.start()
+    listener.join(SOON)
+    assert heard == texts
+
+
 def test_what_lies_in_the_overflow_is_left_behind_too(
     agent: Agent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
