@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agent.cli_options import AsJson, Checkpoint, HubKey, HubUrl, JobName, JobPath, door, settings_of
+from agent.cli_options import AsJson, Checkpoint, HubKey, HubUrl, JobName, JobPath, door
 from agent.cli_options import backend as backend_of
 from protocol.version import AGENT_VERSION, PROTOCOL_VERSION
 
@@ -36,7 +36,7 @@ def submit(
     from agent.cli_remote import checked
 
     file = cli_jobfile.read(job)
-    backend = backend_of(settings_of(context), hub, api_key)
+    backend = backend_of(context, hub, api_key)
     dataset_path = backend.upload(data) if data is not None else file.dataset_path
     wanted = job_id or file.job_id
     answer = backend.submit(

@@ -60,9 +60,11 @@ def settings_of(context: typer.Context) -> Settings:
     return load_for_program(before.env_file, before.overrides, before.warn)
 
 
-def backend(settings: Settings, url: str, api_key: str) -> "Hub":
-    """Return the backend at ``url``, else at BACKEND_URL."""
+def backend(context: typer.Context, url: str, api_key: str) -> "Hub":
+    """Return the backend at ``url``, else at BACKEND_URL; closed when the program leaves."""
     from agent.cli_remote import Hub
+
+    settings = settings_of(context)
 
     url = (url or settings.backend_url).rstrip("/")
     if not url:
@@ -70,12 +72,18 @@ def backend(settings: Settings, url: str, api_key: str) -> "Hub":
     key = api_key or (settings.api_key.reveal() if settings.api_key is not None else "")
     if not key:
         raise BadSetting("API_KEY", "is not set; give it or --api-key")
-    return Hub(url, key, allow_plain_http=settings.allow_plain_http)
+    hub = Hub(url, key, allow_plain_http=settings.allow_plain_http)
+    # The root's end: a command's own comes before its lines are printed.
+    context.find_root().call_on_close(hub.close)
+    return hub
 
 
 def door(context: typer.Context, url: str, api_key: str) -> "Door":
     """Return the backend at ``url`` if one is given, else this machine's agent."""
     from agent.cli_remote import Local
 
-    settings = settings_of(context)
-    return backend(settings, url, api_key) if url else Local(settings)
+    if url:
+        return backend(context, url, api_key)
+    local = Local(settings_of(context))
+    context.find_root().call_on_close(local.close)
+    return local

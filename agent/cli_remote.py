@@ -32,6 +32,8 @@ class Door(Protocol):
 
     def act(self, job_id: str, action: str, checkpoint: str) -> Json: ...
 
+    def close(self) -> None: ...
+
 
 class _Http:
     """One address with one key, and answers turned into errors of ours."""
@@ -45,6 +47,9 @@ class _Http:
             # A proxy must not be asked for what is on this machine.
             trust_env=not is_loopback(urlsplit(url).hostname or ""),
         )
+
+    def close(self) -> None:
+        self._client.close()
 
     def ask(self, method: str, path: str, **more: Any) -> Json:
         try:
@@ -101,6 +106,9 @@ class Local:
             f"No agent answers at {url}. Start one with `training-agent start`, or give --hub URL",
         )
 
+    def close(self) -> None:
+        self._http.close()
+
     def health(self) -> Json:
         return self._http.ask("GET", "/api/training/agent")
 
@@ -126,6 +134,9 @@ class Hub:
         check_url(url, allow_plain_http)
         self.url = url.rstrip("/")
         self._http = _Http(self.url, key, f"No backend answers at {self.url}")
+
+    def close(self) -> None:
+        self._http.close()
 
     def health(self) -> Json:
         return self._http.ask("GET", rest.AGENTS)

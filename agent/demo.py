@@ -203,7 +203,9 @@ def _start_hub(wish: Wish, key: str, stack: contextlib.ExitStack) -> Hub:
             url = msgspec.json.decode(line, type=_Listens).url
             # What else it prints must not fill the pipe.
             threading.Thread(target=_drain, args=(child.stdout, log), daemon=True).start()
-            return Hub(url, key)
+            hub = Hub(url, key)
+            stack.callback(hub.close)
+            return hub
     child.wait()
     raise AgentError(f"The hub did not start: {_last_line(log)}")
 

@@ -3,10 +3,10 @@
 import ast
 import inspect
 import json
-import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -140,18 +140,18 @@ def _definitions(template: str) -> dict[str, Any]:
     kinds = (*_FRAMES, *_RECORDS, JobSpec, *_BODIES)
     _, definitions = msgspec.json.schema_components(kinds, ref_template=template)
     for module in (messages, jobspec, failures, worker, rest):
-        for name, kind in vars(module).items():
-            if name in definitions and isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-                _name_fields(definitions[name], kind)
+        for name, sentences in _sentences(module).items():
+            kind = getattr(module, name)
+            if name in definitions and issubclass(kind, msgspec.Struct):
+                _name_fields(definitions[name], kind, sentences)
     data = definitions["Data"]["prefixItems"][3]
     # msgspec knows a Raw as anything; what stands there is a record.
     data["items"] = {"$ref": template.format(name="AnyRecord")}
     return dict(definitions)
 
 
-def _name_fields(definition: dict[str, Any], kind: type[msgspec.Struct]) -> None:
+def _name_fields(definition: dict[str, Any], kind: type[msgspec.Struct], sentences: dict[str, str]) -> None:
     """Add what msgspec leaves out: the names of an array's places, and the sentence under a field."""
-    sentences = _sentences(kind)
     if "prefixItems" in definition:
         places = definition["prefixItems"]
         if len(places) > len(kind.__struct_fields__):
@@ -166,14 +166,16 @@ def _name_fields(definition: dict[str, Any], kind: type[msgspec.Struct]) -> None
         fields[name]["description"] = sentence
 
 
-def _sentences(kind: type) -> dict[str, str]:
-    tree = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-    assert isinstance(tree, ast.ClassDef)
-    found = {}
-    for field, after in pairwise(tree.body):
-        if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
-            assert isinstance(field.target, ast.Name) and isinstance(after.value, ast.Constant)
-            found[field.target.id] = str(after.value.value)
+def _sentences(module: ModuleType) -> dict[str, dict[str, str]]:
+    """Return for each class of a module the sentences under its fields."""
+    found: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.ClassDef):
+            fields = found[node.name] = {}
+            for field, after in pairwise(node.body):
+                if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
+                    assert isinstance(field.target, ast.Name) and isinstance(after.value, ast.Constant)
+                    fields[field.target.id] = str(after.value.value)
     return found
 
 
