@@ -124,9 +124,12 @@ def test_wrong_columns_are_named_with_what_is_accepted(desk: Desk, jsonl: Jsonl)
 
 
 def test_an_empty_data_set_is_refused(desk: Desk, tmp_path: Path) -> None:
-    for content in ("", "\n\n", "[]", '{"data": []}'):
-        (tmp_path / "a.json").write_text(content)
-        assert "empty" in str(desk.refusal(tmp_path / "a.json"))
+    path = tmp_path / "a.json"
+    path.write_text("")
+    assert f"{path}: the file is empty." in str(desk.refusal(path))
+    for content in ("\n\n", "[]", '{"data": []}'):
+        path.write_text(content)
+        assert str(desk.refusal(path)) == f"{path}: the data set is empty: it has no rows."
 
 
 def test_a_missing_data_set_is_refused(desk: Desk, tmp_path: Path) -> None:
@@ -279,9 +282,10 @@ def test_the_tables_of_an_earlier_attempt_are_not_trusted(desk: Desk, jsonl: Jso
     path = jsonl(text_rows(4))
     desk.prepare(path)
     (tables,) = (tmp_path / "cache").iterdir()
-    (left,) = tables.rglob("*.arrow")
-    left.write_bytes(bytes(left.stat().st_size))
+    tokenised = tables / "train" / "cache-1.arrow"
+    tokenised.write_bytes(b"torn")
     assert len(desk.prepare(path).train) == 4
+    assert not tokenised.exists()
 
 
 def test_a_full_disk_is_said_to_be_one(desk: Desk, jsonl: Jsonl, monkeypatch: pytest.MonkeyPatch) -> None:
