@@ -10,7 +10,6 @@ from contextlib import suppress
 from typing import Any
 
 import anyio
-import msgspec
 from starlette.responses import JSONResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -20,7 +19,7 @@ from agent.hub.feed import AGENTS
 from agent.hub.greeting import Greeting, greet, parted
 from agent.hub.hub import Hub
 from protocol.codec import BadMessage, Codec
-from protocol.messages import MAX_FRAME, SUBPROTOCOLS, Close, Command, Desired, Goaway, Welcome
+from protocol.messages import SUBPROTOCOLS, Close, Command, Desired, Goaway
 from protocol.rest import HEADER_AGENT
 from protocol.session import Apply, Buried, Greeted, HubSession, Key, Left, Opened
 
@@ -29,7 +28,6 @@ log = logging.getLogger("agent.hub")
 UNCOMMITTED = 16
 """Frames of one agent that may wait for their commit; more are not read, and TCP holds the sender."""
 CLOSE_WITHIN = 5.0
-JSON_FRAME = MAX_FRAME // 5
 DRAIN_RETRY_S = 1.0
 
 
@@ -233,9 +231,6 @@ class Connection:
         while True:
             self._wake.clear()
             for message in self._session.outgoing(time.monotonic()):
-                if isinstance(message, Welcome) and self._codec.as_json:
-                    # An agent measures records in MessagePack; as JSON the same ones take up to five times the room.
-                    message = msgspec.structs.replace(message, max_frame=JSON_FRAME)
                 data = self._codec.encode(message)
                 if self._codec.as_json:
                     await self._socket.send_text(data.decode())

@@ -27,8 +27,10 @@ from protocol.messages import Command, CommandKind, DatasetRef, Desired, Offer
 from protocol.rest import SubmitJob
 from protocol.trainingconfig import job_spec
 
-MOST_CONFIG = 131_072
-"""Bytes of a config as JSON: one DESIRED frame must hold it."""
+MOST_CONFIG = 114_688
+"""Bytes of a config as JSON: one DESIRED frame must hold it, also where each quote in it is escaped once more."""
+MOST_PATH = 4096
+MOST_NAME = 256
 
 
 class Live(msgspec.Struct, kw_only=True):
@@ -122,6 +124,8 @@ _WANTS = {"pause": Want.PAUSE, "resume": Want.RUN, "cancel": Want.CANCEL, "stop"
 
 def control(db: Db, job_id: str, action: str, checkpoint: str, now: float) -> Job:
     """Write down what is wanted of a job. Asking twice changes nothing but the version."""
+    if len(checkpoint) > MOST_PATH:
+        raise Refusal(400, f"checkpoint_path: more than {MOST_PATH} characters.")
     job = get_job(db, job_id)
     if action == "retry":
         _retry(db, job, now)
@@ -197,7 +201,7 @@ def update_parameters(db: Db, job_id: str, body: Mapping[str, Any], now: float) 
 
 def desired(job: Job) -> Desired:
     """Return what is wanted of a job, as it is told to its agent."""
-    offer = Offer(job.config, job.dataset_path, job.token, job.dataset, job.name)
+    offer = Offer(job.config, job.dataset_path, job.token, job.dataset, job.name[:MOST_NAME])
     return Desired(job.id, job.version, job.want.value, offer, job.parameters, job.checkpoint, job.reason)
 
 

@@ -1,9 +1,11 @@
 """The curve: points in, and the current curve out."""
 
+import math
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -17,6 +19,9 @@ from protocol.rest import METRIC_NAMES
 
 BY_REST = -1
 """The epoch of shapes that came by REST."""
+COUNTS = ("best_step", "epochs_without_improvement")
+MOST_FIGURES = 1024
+"""Names whose newest value is kept with the job."""
 
 _point: msgspec.msgpack.Decoder[Point] = msgspec.msgpack.Decoder(Point)
 _INSERT = "INSERT OR IGNORE INTO points (job, step, attempt, part, shape, body) VALUES (?,?,?,?,?,?)"
@@ -44,7 +49,14 @@ class Dot:
         }
         row.update(dict.fromkeys(METRIC_NAMES))
         row.update(self.values)
+        for name in COUNTS:
+            row[name] = count(row[name])
         return row
+
+
+def count(value: float | None) -> int | float | None:
+    """Return a counter as a whole number, which it is wherever it is measured."""
+    return int(value) if value is not None and math.isfinite(value) and value == int(value) else value
 
 
 def iso(time: float | None) -> str | None:
@@ -191,7 +203,7 @@ def refresh(job: Job, dots: Iterable[Dot]) -> None:
         else:
             for name, value in dot.values.items():
                 figures.setdefault(name, value)
-    job.figures = figures
+    job.figures = dict(islice(figures.items(), MOST_FIGURES))
 
 
 def curve(db: Db, job_id: str, after: int = -(2**62), limit: int = 100_000) -> list[Dot]:

@@ -6,7 +6,7 @@ import msgspec
 
 from agent.hub.errors import Refusal
 from agent.hub.model import Job
-from agent.hub.points import iso
+from agent.hub.points import count, iso
 from agent.hub.store import Db
 from agent.hub.tables import save_job
 from protocol.lifecycle import TERMINAL, JobState
@@ -106,10 +106,12 @@ def view(job: Job, now: float, offline_since: float | None = None) -> dict[str, 
         "eval_loss": figures.get("eval_loss"),
         "best_eval_loss": figures.get("best_eval_loss"),
         "best_epoch": figures.get("best_epoch"),
-        "best_step": figures.get("best_step"),
+        "best_step": count(figures.get("best_step")),
         "best_checkpoint_path": job.best_checkpoint_path or None,
         "loss_trend": job.trend or None,
-        "epochs_without_improvement": figures.get("epochs_without_improvement"),
+        "epochs_without_improvement": count(figures.get("epochs_without_improvement")),
+        "final_loss": job.results.get("final_loss"),
+        "final_eval_loss": job.results.get("final_eval_loss"),
         "train_perplexity": figures.get("train_perplexity"),
         "eval_perplexity": figures.get("perplexity"),
         "learning_rate": figures.get("learning_rate"),

@@ -235,7 +235,7 @@ class ScriptedAgent:
                         session.appended(key, len(bodies))
                 while (wish := session.next_read()) is not None:
                     key, after, size = wish
-                    session.send(key, after + 1, self._take(key, after, size))
+                    session.send(key, after + 1, self._take(codec, key, after, size))
                     await self._flush(socket, codec, session)
                 due = session.tick(time.monotonic())
                 await self._flush(socket, codec, session)
@@ -243,10 +243,10 @@ class ScriptedAgent:
                     async with asyncio.timeout(max(0.01, due - time.monotonic())):
                         await self._wake.wait()
 
-    def _take(self, key: Key, after: int, size: int) -> list[bytes]:
+    def _take(self, codec: Codec, key: Key, after: int, size: int) -> list[bytes]:
         taken: list[bytes] = []
         for body in self.records[key][after : after + 4096]:
-            size -= len(body)
+            size -= codec.length(body)
             if size < 0 and taken:
                 break
             taken.append(body)

@@ -81,11 +81,12 @@ class JobPage:
             self._bar = ui.linear_progress(0, show_value=False).props("rounded size=10px")
             self._steps = ui.label().classes("text-sm number").props("data-testid=steps")
         with ui.row().classes("w-full gap-3"):
-            self._figures: dict[str, ui.label] = {}
+            self._figures: dict[str, tuple[ui.column, ui.label]] = {}
             for name, label in _FIGURES:
-                with ui.column().classes("box px-4 py-2 gap-0 min-w-32"):
+                with ui.column().classes("box px-4 py-2 gap-0 min-w-32") as box:
                     ui.label(label).classes("quiet text-xs")
-                    self._figures[name] = ui.label("-").classes("text-lg number").props(f"data-testid={name}")
+                    value = ui.label().classes("text-lg number").props(f"data-testid={name}")
+                self._figures[name] = (box, value)
         with ui.column().classes("box p-4 w-full gap-1"):
             heading("Loss")
             self._chart = LossChart()
@@ -152,8 +153,9 @@ class JobPage:
         self._bar.value = progress(job) / 100
         self._bar.props(f"color={words.colour(job)}")
         self._steps.text = self._progress(job)
-        for name, label in self._figures.items():
-            label.text = words.figure(job.figures.get(name))
+        for name, (box, value) in self._figures.items():
+            box.set_visibility(job.figures.get(name) is not None)
+            value.text = words.figure(job.figures.get(name))
         self._draw_notes(job)
 
     def _progress(self, job: Job) -> str:

@@ -36,7 +36,7 @@ COLOURS = {
 def state(job: Job) -> str:
     """Say where a job stands."""
     if job.status == "pending":
-        return "Waiting for an agent"
+        return "Waiting for an agent" if job.agent_id is None else "Given to its agent"
     text = _STATES[job.state]
     if job.state is JobState.PREPARING and job.phase:
         text += f": {job.phase}"
