@@ -1,8 +1,6 @@
 """A job from its spec to its final model."""
 
-import hashlib
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ import datasets
 import msgspec
 from datasets.exceptions import DatasetGenerationError
 
-from agent.trainer import data, memory, methods, samples
+from agent.trainer import data, inputs, memory, methods, samples
 from agent.trainer.checkpoint import BadCheckpoint, Checkpoints, Found, verify
 from agent.trainer.control import ControlledSFTTrainer, Job
 from agent.trainer.errors import TrainerError
@@ -19,21 +17,9 @@ from agent.trainer.model import choose_precision, load_model, load_tokenizer
 from agent.trainer.output import MERGED, Output
 from agent.trainer.progress import Progress, Schedule
 from protocol.failures import FailureReason
-from protocol.jobspec import JobSpec, TrainingSpec
+from protocol.jobspec import JobSpec
 from protocol.worker import Finished, Left, Note, Phase, Preparing, Ready, Start, Trained
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
-MUST_MATCH = (
-    "batch_size",
-    "gradient_accumulation_steps",
-    "max_length",
-    "packing",
-    "group_by_length",
-    "assistant_only_loss",
-    "seed",
-    "optim",
-)
-"""Settings without which a checkpoint's place in the data, or its optimizer, makes no sense."""
 FLUSH_LIMIT = 60.0
 """Seconds that the end of a job waits for the agent to take down its last events."""
 
@@ -128,6 +114,11 @@ class _Run:
         if not Path(where).is_absolute():
             self._say(Phase.DOWNLOAD, f"Fetching {where} from the Hub, as far as it is not here yet.")
         tokenizer = load_tokenizer(spec, start.workspace, start.limits)
+        if spec.tokenizer.add_eos_token is False:
+            self._note(
+                "warning",
+                "tokenizer.add_eos_token: the end of each row is always marked, or it is not learnt.",
+            )
         self._say(Phase.CHECK, "Checking every row of the data set.")
         prepared = data.prepare(spec, start.workspace, tokenizer, start.limits, self._note)
         inbox.leave_if_told()
@@ -135,9 +126,9 @@ class _Run:
         precision = choose_precision(spec, start.limits, self._note)
         loaded = load_model(spec, start.workspace, start.limits, precision, tokenizer)
         use_cache = bool(getattr(loaded.model.config, "use_cache", True))
-        inputs = self._inputs(prepared)
+        marks = inputs.fingerprints(spec, prepared.fingerprint)
         if found is not None:
-            self._check_inputs(found, inputs)
+            inputs.check(found, spec, marks, self._note)
             self._say(Phase.RESTORE, f"Going on from step {found.manifest.step}.")
         inbox.leave_if_told()
         args = methods.arguments(
@@ -154,8 +145,8 @@ class _Run:
             progress=self.progress,
             parameters=self._live_parameters(schedule, found),
             ready=self._ready(prepared, found, loaded.facts),
-            inputs=inputs,
-            versions={name: version(name) for name in PACKAGES},
+            inputs=marks,
+            versions=inputs.versions(),
             resumed_from=found,
             stop_at_once=start.stop_at_once,
             before=lambda trainer: self._sample_before(trainer, tokenizer, chat),
@@ -167,6 +158,12 @@ class _Run:
         rows = len(trainer.train_dataset)
         if rows == 0:
             raise self._no_rows(prepared)
+        if trainer.eval_dataset is not None and len(trainer.eval_dataset) == 0:
+            self._note(
+                "warning",
+                "No held-out row has a token to learn from within max_length: nothing is evaluated.",
+            )
+            trainer.eval_dataset = None
         self._count_sizes(job, trainer, prepared)
         return _Ground(tokenizer, prepared, trainer, use_cache)
 
@@ -240,48 +237,6 @@ class _Run:
             if value != getattr(mine, name)
         }
         return type(wanted)(**changed)
-
-    # What must be the same
-
-    def _inputs(self, prepared: Any) -> dict[str, str]:
-        spec = self.spec
-        core = (spec.method, spec.model, spec.tokenizer, spec.lora)
-        return {
-            "data": prepared.fingerprint,
-            "model": hashlib.sha256(msgspec.json.encode(core)).hexdigest()[:32],
-            "training": msgspec.json.encode(spec.training).decode(),
-        }
-
-    def _check_inputs(self, found: Found, inputs: dict[str, str]) -> None:
-        """Raise TrainerError if the job is no longer the one that was saved; note what changed harmlessly."""
-        saved, name = found.manifest.inputs, found.path.name
-        if saved.get("model") != inputs["model"]:
-            raise TrainerError(
-                FailureReason.CHECKPOINT,
-                f"The checkpoint {name} was made with another model, method or adapter than the job names now. "
-                "Put the job's settings back, or submit it as a new job.",
-            )
-        if saved.get("data") != inputs["data"]:
-            raise TrainerError(
-                FailureReason.CHECKPOINT,
-                f"The data set is not the one that the checkpoint {name} was trained on, so training cannot go on "
-                "where it stood. Put the old data back, or submit the job as a new one.",
-            )
-        before = msgspec.json.decode(saved.get("training", "{}"), type=TrainingSpec)
-        now = self.spec.training
-        for field in TrainingSpec.__struct_fields__:
-            old, new = getattr(before, field), getattr(now, field)
-            if old == new:
-                continue
-            if field in MUST_MATCH:
-                raise TrainerError(
-                    FailureReason.CHECKPOINT,
-                    f"training.{field} is {new} but was {old} when the checkpoint {name} was saved, and training "
-                    f"cannot go on exactly with another. Set it back to {old}, or submit the job as a new one.",
-                )
-            self._note(
-                "warning", f"training.{field} was {old} when the checkpoint was saved and is {new} now."
-            )
 
     # Samples
 

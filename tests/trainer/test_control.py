@@ -82,6 +82,18 @@ def test_a_pause_in_an_evaluation_puts_it_off_and_loses_nothing(jobs: Jobs) -> N
     assert resumed.last.weights_hash == untouched.last.weights_hash
 
 
+def test_a_pause_at_the_last_step_leaves_only_the_finish(jobs: Jobs) -> None:
+    wanted = {"eval_fraction": 0.25}
+    untouched = jobs.run("untouched", **wanted)
+    paused = jobs.run("paused", {7: [Pause()]}, **wanted)
+    assert paused.last == Left("paused", 8)
+    resumed = jobs.run("paused", attempt=2, **wanted)
+    assert resumed.of(Ready)[0].start_step == 8
+    assert curve(paused, resumed) == curve(untouched)
+    assert resumed.last.weights_hash == untouched.last.weights_hash
+    assert resumed.last.values["final_eval_loss"] == untouched.last.values["final_eval_loss"]
+
+
 def test_a_pause_before_the_first_step_leaves_at_once(jobs: Jobs) -> None:
     paused = jobs.run("paused", {0: [Pause()]}, eval_fraction=0.25)
     assert isinstance(paused.last, Left)
@@ -142,15 +154,17 @@ def test_the_death_of_the_agent_saves_and_leaves(jobs: Jobs) -> None:
     assert again.last.weights_hash == untouched.last.weights_hash
 
 
-def test_a_loss_that_is_no_number_ends_the_job_with_its_step(jobs: Jobs) -> None:
+@pytest.mark.parametrize("logging_steps", [1, 100])
+def test_a_loss_that_is_no_number_ends_the_job_with_its_step(logging_steps: int, jobs: Jobs) -> None:
+    training = {"learning_rate": 1e30, "save_steps": 1, "max_grad_norm": 0, "logging_steps": logging_steps}
     with pytest.raises(TrainerError) as caught:
-        jobs.run("job", training={"learning_rate": 1e30, "save_steps": 1, "max_grad_norm": 0})
+        jobs.run("job", training=training)
     assert caught.value.reason is FailureReason.NON_FINITE_LOSS
     step = caught.value.step
     assert step is not None
     assert f"step {step}" in caught.value.sentence
-    points = [event.step for event in jobs.line.of(Metrics)]
-    assert points[-1] == step
+    if logging_steps == 1:
+        assert [event.step for event in jobs.line.of(Metrics)][-1] == step
     assert all(saved.step < step for saved in jobs.line.of(Saved))
 
 
