@@ -238,6 +238,7 @@ async def _run_link(program: Program, agent_id: str, install_id: str, boot: int,
         boot=boot,
         machine=program.watch.machine,
         send_log=program.watch.send_log_from,
+        keep_secret=program.redactor.add,
     )
 
     def note(state: str, detail: str) -> None:

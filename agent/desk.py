@@ -36,6 +36,14 @@ class Launcher(Protocol):
 
     async def launch(self, job: Job) -> None: ...
 
+    async def left_behind(self, job_id: str) -> list[Heard]:
+        """Return what the job's trainer wrote to disk because nobody committed it."""
+        ...
+
+    async def forget(self, job_id: str) -> None:
+        """Remove that file: all of it is committed."""
+        ...
+
 
 class JobDesk:
     """All jobs of this agent. Make it, `load` it, then `run` it in a task group."""
@@ -270,8 +278,20 @@ class JobDesk:
                     taken.append(facts.receive_nowait())  # type: ignore[attr-defined]  # a memory stream's
                 except (anyio.WouldBlock, anyio.EndOfStream):
                     break
+            ended = [fact for fact in taken if isinstance(fact, Exited)]
+            for fact in ended:
+                taken[taken.index(fact) : taken.index(fact)] = await self._left_behind(fact.job_id)
             async with self._lock:
                 await self._hear(taken)
+            for fact in ended:
+                await self._forget(fact.job_id)
+
+    async def _left_behind(self, job_id: str) -> list[Heard]:
+        return await self.launcher.left_behind(job_id) if self.launcher is not None else []
+
+    async def _forget(self, job_id: str) -> None:
+        if self.launcher is not None:
+            await self.launcher.forget(job_id)
 
     async def _hear(self, facts: list[Heard | Exited | Misbehaved]) -> None:
         batch = Batch()
@@ -332,17 +352,16 @@ class JobDesk:
 
     # After a restart
 
-    async def hear_leftovers(self, facts: list[Heard]) -> str:
-        """Take in what a trainer wrote to disk for want of an agent; return what it left for, "" if unsaid."""
+    async def bury(self, job_id: str, why: str) -> None:
+        """Take in what the trainer of an earlier agent left behind, now that its process is gone."""
+        facts = await self._left_behind(job_id)
+        words = [fact.numbered.event for fact in facts if isinstance(fact.numbered.event, Left)]
+        left = words[-1].why if words else "parent_lost"
         async with self._lock:
             await self._hear(list(facts))
-        words = [fact.numbered.event for fact in facts if isinstance(fact.numbered.event, Left)]
-        return words[-1].why if words else ""
-
-    async def bury(self, job_id: str, left: str, why: str) -> None:
-        """Note that the process an earlier agent started for a job is gone."""
         self.held.pop(job_id, None)
         await self.change(job_id, lambda job: gone(job, job.attempt, left=left, why=why, now=self._clock()))
+        await self._forget(job_id)
         self._look_idle()
 
     # Ending

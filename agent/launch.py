@@ -1,5 +1,6 @@
 """Gets a job's next attempt going: data fetched, paths resolved, limits set, process started."""
 
+import itertools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ from protocol.lifecycle import JobState, Want
 from protocol.trainingconfig import job_spec
 from protocol.worker import Limits, Pause, Phase, SetParameters, Start, Stop, Workspace
 
+WARM_EVERY = 2.0
+"""Seconds between looks whether a trainer stands by."""
 ORPHAN_WITHIN = 600.0
 """Seconds that a trainer of an earlier agent is given to save before it is left to itself."""
 
@@ -196,14 +199,17 @@ class Launching:
 
     async def keep_warm(self) -> None:
         """Keep a trainer with its imports done standing by, for ever."""
-        while True:
+        for old in self._home.glob("warm-*.log"):
+            old.unlink(missing_ok=True)
+        for number in itertools.count(1):
             device = next(iter(self._free()), self._desk.devices[0])
-            log = self._home / "warm.log"
+            # One that is being handed a job still holds its own: each needs a name of its own.
+            log = self._home / f"warm-{number}.log"
             try:
                 await self._desk.supervisor.keep_warm(self._env(device), log)
             except OSError as error:
                 logger.warning("no trainer stands by: {}", error)
-            await anyio.sleep(5)
+            await anyio.sleep(WARM_EVERY)
 
     def _free(self) -> list[str]:
         return [one for one in self._desk.devices if one == "cpu" or one not in self._desk.held.values()]
@@ -225,18 +231,20 @@ class Launching:
                 logger.error(
                     "job {}: its trainer {} of an earlier start does not end", job_id, job.worker_pid
                 )
-        folder = self._settings.checkpoints_dir / job_id
-        left = ""
+        await self._desk.bury(job_id, "The agent was restarted.")
+
+    async def left_behind(self, job_id: str) -> list[Heard]:
+        """Return what the job's trainer wrote to disk because nobody committed it."""
         try:
-            events = await anyio.to_thread.run_sync(read_leftovers, folder)
-            left = await self._desk.hear_leftovers(
-                [Heard(job_id, numbered.attempt, numbered, raw) for numbered, raw in events]
-            )
-            await anyio.to_thread.run_sync(forget_leftovers, folder)
+            events = await anyio.to_thread.run_sync(read_leftovers, self._settings.checkpoints_dir / job_id)
         except BadLeftovers as error:
             logger.warning("{}", error)
-        why = "The agent was restarted." if left else "The agent was restarted and its trainer is gone."
-        await self._desk.bury(job_id, left or "parent_lost", why)
+            return []
+        return [Heard(job_id, numbered.attempt, numbered, raw) for numbered, raw in events]
+
+    async def forget(self, job_id: str) -> None:
+        """Remove that file: all of it is committed."""
+        await anyio.to_thread.run_sync(forget_leftovers, self._settings.checkpoints_dir / job_id)
 
 
 def _in_phase(job: Job, phase: Phase, detail: str) -> tuple[Job, list[Effect]]:

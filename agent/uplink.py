@@ -46,6 +46,7 @@ class JournalUplink:
         boot: int,
         machine: Callable[[], Awaitable[Machine]],
         send_log: Callable[[str, int], Awaitable[None]],
+        keep_secret: Callable[[str], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._desk = desk
@@ -54,6 +55,7 @@ class JournalUplink:
         self._boot = boot
         self._machine = machine
         self._send_log = send_log
+        self._keep_secret = keep_secret
         self._clock = clock
         self._dials = 0
         self._ahead = 0.0
@@ -153,6 +155,8 @@ class JournalUplink:
         except BadSpec as error:
             await self._refuse(message, JobState.FAILED, str(error))
             return
+        if message.offer.job_token:
+            self._keep_secret(message.offer.job_token)
         secrets = {"job_token": message.offer.job_token} if message.offer.job_token else {}
         logger.info("took job {} ({})", job.job_id, job.name)
         await self._desk.add(job, secrets=secrets)
@@ -163,6 +167,7 @@ class JournalUplink:
         token = message.offer.job_token if message.offer else ""
         job = self._desk.job(message.job_id)
         if token and job.state not in TERMINAL:
+            self._keep_secret(token)
             await self._desk.ledger.journal.write(lambda tx: tx.put_secret(job.job_id, "job_token", token))
 
     async def _refuse(self, message: Desired, state: JobState, sentence: str) -> None:

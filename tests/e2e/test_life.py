@@ -101,7 +101,8 @@ def test_a_job_that_dies_three_times_fails_with_a_sentence_and_can_be_retried(pa
     failed = hub.wait_state(job, "failed")
     assert "lost 3 times" in failed["error"] and "SIGKILL" in failed["error"]
     hub.control(job, "retry")
-    assert hub.wait_state(job, "completed")["attempt"] == 4
+    wait_until(lambda: hub.status(job)["state"] == "completed", "the retried job's end")
+    assert hub.status(job)["attempt"] == 4
 
 
 def test_live_parameters_reach_the_trainer(pair: Pair) -> None:

@@ -15,7 +15,7 @@ import httpx
 
 ROOT = Path(__file__).parents[2]
 KEY = "wak_" + "k" * 32
-PATIENCE = 90.0
+PATIENCE = 120.0
 """Seconds a test waits for what must happen; a safety net, never a measure."""
 
 
@@ -119,7 +119,12 @@ class Hub:
         return seen
 
     def wait_step(self, job_id: str, step: int, within: float = PATIENCE) -> None:
-        wait_until(lambda: (self.status(job_id)["current_step"] or 0) >= step, f"step {step} of {job_id}", within)
+        def there() -> bool:
+            stands = self.status(job_id)
+            assert stands["state"] != "failed", f"the job failed: {stands['error']}"
+            return (stands["current_step"] or 0) >= step
+
+        wait_until(there, f"step {step} of {job_id}", within)
 
 
 class Agent:
