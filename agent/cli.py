@@ -3,7 +3,8 @@
 Exit codes: 0 done; 1 a defect of the agent; 2 wrong usage; 3 a setting; 4 the backend refuses
 the key or this agent; 5 not our backend, or no common version; 7 another agent holds AGENT_HOME;
 8 no such job; 9 the job's state does not allow it; 10 a job that cannot be accepted; 11 the job
-failed or was cancelled; 12 nothing answers; 75 `run` was paused, and the same command resumes it.
+failed or was cancelled; 12 nothing answers; 75 `run` was paused, and the same command resumes it;
+130 ended before its time by a signal.
 """
 
 import os

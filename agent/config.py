@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import dotenv as dotenv_files
 import msgspec
 from msgspec import Meta
 
@@ -262,6 +261,9 @@ def _default_text(field: str, defaults: Mapping[str, Any]) -> str:
 
 
 def _read_dotenv(path: Path) -> dict[str, str]:
+    # Start-up cost: most agents in containers have no such file.
+    import dotenv as dotenv_files
+
     try:
         # No interpolation: a key may hold a dollar sign.
         with path.open(encoding="utf-8") as stream:

@@ -28,6 +28,8 @@ from agent.errors import AgentError, Exit, JobFailed
 AGENT_ENDS_WITHIN = 90.0
 """Seconds that a stopped agent may take to save."""
 LOOK_EVERY = 0.5
+ENDED = ("completed", "failed", "cancelled")
+INTERRUPTED = 130
 OWN_MODEL = {"use_lora": True, "learning_rate": 2e-4, "batch_size": 1, "eval_batch_size": 1, "max_steps": 60}
 """What differs from the embedded training for a model of the user's own."""
 
@@ -69,20 +71,24 @@ def run(wish: Wish, tell: Tell) -> int:
         try:
             return _run(wish, tell, stack)
         except KeyboardInterrupt:
-            tell(News(text="Stopping; the job is saved, and the agent would go on with it."))
-            return Exit.OK
+            tell(News(text="Stopping; what was started is ended."))
+            return INTERRUPTED
 
 
 def _run(wish: Wish, tell: Tell, stack: contextlib.ExitStack) -> int:
     wish.home.mkdir(parents=True, exist_ok=True)
     tell(News(text=f"Everything is kept in {wish.home}."))
     built = _build(wish, tell)
-    key = f"wak_{secrets.token_hex(16)}"
+    key = _key(wish.home / "api_key")
     hub = _start_hub(wish, key, stack)
     page = hub.url + "/" if _has_page() else ""
     tell(News(text=f"Hub and page: {page or hub.url}  (API key {key})", page=page))
     if page and wish.browser:
         webbrowser.open(page)
+    for old in hub.jobs():
+        if old["status"] not in ENDED:
+            hub.act(str(old["id"]), "cancel", "")
+            tell(News(text=f"Job {old['id']} of an earlier demo is cancelled."))
     agent = _start(
         wish.home / "agent.log", ["agent", "start"], _agent_settings(wish.home, hub.url, key), wish.home
     )
@@ -99,7 +105,8 @@ def _run(wish: Wish, tell: Tell, stack: contextlib.ExitStack) -> int:
     tell(News(text=_told(result), result=result))
     if wish.stay:
         tell(News(text=f"The page stays up at {page or hub.url}; Ctrl-C ends it."))
-        agent.wait()
+        with contextlib.suppress(KeyboardInterrupt):
+            agent.wait()
     return Exit.OK
 
 
@@ -175,6 +182,16 @@ def _build(wish: Wish, tell: Tell) -> Json:
         built |= bring_model(wish.model, wish.home / "models")
         built["training"] = {**built["training"], **OWN_MODEL}
     return built
+
+
+def _key(path: Path) -> str:
+    """Return the key of this home's hub, made the first time."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_text(encoding="ascii").strip()
+    key = f"wak_{secrets.token_hex(16)}"
+    path.touch(mode=0o600)
+    path.write_text(key + "\n", encoding="ascii")
+    return key
 
 
 def _has_page() -> bool:
@@ -262,7 +279,7 @@ def _follow(hub: Hub, job_id: str, agent: "subprocess.Popen[bytes]", home: Path,
     while True:
         job = hub.status(job_id)
         tell(News(job=job))
-        if job["status"] in ("completed", "failed", "cancelled"):
+        if job["status"] in ENDED:
             return job
         if agent.poll() is not None:
             raise AgentError(f"The agent ended with {agent.returncode}: {_last_line(home / 'agent.log')}")

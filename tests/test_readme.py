@@ -10,6 +10,7 @@ from agent import config
 from agent.cli_commands import commands
 from agent.cli_jobfile import read
 from agent.cli_show import EXIT_PAUSED
+from agent.demo import INTERRUPTED
 from agent.errors import AgentError, Exit
 from protocol.jobspec import RUNNABLE
 from protocol.trainingconfig import job_spec
@@ -31,6 +32,7 @@ EXITS = {
     Exit.JOB_FAILED: "`run`, `demo`: the job failed or was cancelled",
     Exit.UNREACHABLE: "the agent or backend that was asked is not there",
     EXIT_PAUSED: "`run` was paused; the same command goes on",
+    INTERRUPTED: "ended before its time by Ctrl-C or a signal",
 }
 
 
@@ -89,7 +91,7 @@ def test_tables_and_tree_are_as_the_code_has_them() -> None:
 
 
 def test_every_exit_code_is_told() -> None:
-    assert set(EXITS) == {*Exit, 2, EXIT_PAUSED}
+    assert set(EXITS) == {*Exit, 2, EXIT_PAUSED, INTERRUPTED}
     errors = [AgentError, *AgentError.__subclasses__()]
     assert {error.exit_code for error in errors} <= set(EXITS)
 
