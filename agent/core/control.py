@@ -80,9 +80,11 @@ def desire(job: Job, desired: Desired, *, now: float) -> tuple[Job, list[Effect]
     job = msgspec.structs.replace(job, observed=desired.version)
     effects: list[Effect] = []
     fresh = news(job.asked, desired.parameters)
-    job = msgspec.structs.replace(job, asked=desired.parameters)
-    if fresh != Parameters() and job.state not in TERMINAL:
-        job, effects = change(job, fresh)
+    if fresh != Parameters():
+        # Also where nothing runs: the next attempt uses them, be it by a retry.
+        job = msgspec.structs.replace(job, asked=desired.parameters, parameters=merged(job.parameters, fresh))
+        if job.state in HAS_WORKER:
+            effects.append(Ask(job.job_id, SetParameters(fresh)))
     more: list[Effect] = []
     if job.want_by == OWNER and job.want is Want.PAUSE and want is not Want.CANCEL:
         if want is not Want.PAUSE:
