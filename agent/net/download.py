@@ -2,17 +2,22 @@
 
 import hashlib
 import os
+from http import HTTPStatus
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import urlsplit
 
 import anyio
 import anyio.to_thread
-import httpx
 from loguru import logger
 
 from agent.net.retry import LOOPBACK, backoff, can_retry
 from protocol.rest import DATASET
+
+if TYPE_CHECKING:
+    import httpx
+
+# httpx is imported at the first transfer: it takes longer than the rest of the way to the first dial.
 
 CHUNK = 1 << 20
 READ_WITHIN = 30.0
@@ -61,6 +66,8 @@ async def fetch_dataset(
 
 
 async def _fetch_all(url: str, job_id: str, token: str, part: Path, size: int, user_agent: str) -> None:
+    import httpx
+
     headers = {
         "Authorization": f"Bearer {token}",
         "User-Agent": user_agent,
@@ -94,7 +101,7 @@ async def _fetch_all(url: str, job_id: str, token: str, part: Path, size: int, u
                 await anyio.sleep(next(waits))
 
 
-async def _fetch(client: httpx.AsyncClient, url: str, part: Path, have: int, size: int) -> None:
+async def _fetch(client: "httpx.AsyncClient", url: str, part: Path, have: int, size: int) -> None:
     """Fetch what ``part`` lacks of the file; what has come stays there when the transfer breaks off."""
     if have > size:
         have = 0
@@ -103,7 +110,7 @@ async def _fetch(client: httpx.AsyncClient, url: str, part: Path, have: int, siz
     headers = {"Range": f"bytes={have}-"} if have else {}
     async with client.stream("GET", url, headers=headers) as answer:
         answer.raise_for_status()
-        if answer.status_code != httpx.codes.PARTIAL_CONTENT:
+        if answer.status_code != HTTPStatus.PARTIAL_CONTENT:
             have = 0
         file = await anyio.to_thread.run_sync(_opened, part, have)
         with file:

@@ -2,9 +2,9 @@
 
 import random
 import ssl
+import sys
 from collections.abc import Iterator
 
-import httpx
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 
 from agent.errors import (
@@ -33,12 +33,15 @@ def can_retry(error: BaseException) -> bool:
     if isinstance(error, InvalidStatus):
         status = error.response.status_code
         return status >= 500 or status in RETRY_STATUS
-    if isinstance(error, httpx.HTTPStatusError):
-        return error.response.status_code >= 500 or error.response.status_code in RETRY_STATUS
+    # Start-up cost: httpx is not imported for this; where nobody has, this is no error of its.
+    if (httpx := sys.modules.get("httpx")) is not None:
+        if isinstance(error, httpx.HTTPStatusError):
+            status = error.response.status_code
+            return status >= 500 or status in RETRY_STATUS
+        if isinstance(error, httpx.TransportError):
+            return True
     # A handshake that does not parse was written by a proxy on the way.
-    return isinstance(
-        error, OSError | EOFError | TimeoutError | InvalidHandshake | ConnectionClosed | httpx.TransportError
-    )
+    return isinstance(error, OSError | EOFError | TimeoutError | InvalidHandshake | ConnectionClosed)
 
 
 def refusal(error: BaseException, url: str) -> Refused | None:
