@@ -135,26 +135,30 @@ class Store:
             db.execute("BEGIN IMMEDIATE")
             for write in batch:
                 db.execute("SAVEPOINT one")
-                value, error = None, None
+                value: Any = None
+                error: BaseException | None = None
                 try:
                     value = write.op(db)
-                except sqlite3.Error:
-                    raise
-                except Exception as raised:  # noqa: BLE001  # an edge: it belongs to whoever asked for this write
-                    error = raised
+                except Exception as raised:
+                    # An edge: whatever it is, it belongs to whoever asked for this write.
+                    if not db.in_transaction:
+                        # A full disk or a bad block: SQLite has rolled everything back by itself.
+                        raise sqlite3.OperationalError(str(raised)) from raised
+                    error = self._failed(raised) if isinstance(raised, sqlite3.Error) else raised
                     db.execute("ROLLBACK TO one")
                 db.execute("RELEASE one")
                 done.append((write.future, value, error))
             db.execute("COMMIT")
             self.commits += 1
-        except sqlite3.Error as error:
-            # A full disk or a bad block: SQLite may have rolled back by itself.
+        except sqlite3.Error as raised:
             if db.in_transaction:
                 db.execute("ROLLBACK")
-            failed = StoreFailed(f"the hub's database at {self.path} could not be written: {error}")
-            done = [(write.future, None, failed) for write in batch]
+            done = [(write.future, None, self._failed(raised)) for write in batch]
         loops = {id(write.loop): write.loop for write in batch}
         for loop in loops.values():
             mine = [entry for entry, write in zip(done, batch, strict=True) if write.loop is loop]
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_settle, mine)
+
+    def _failed(self, error: sqlite3.Error) -> StoreFailed:
+        return StoreFailed(f"the hub's database at {self.path} could not be written: {error}")

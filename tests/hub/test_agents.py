@@ -193,15 +193,18 @@ def test_a_newer_attempt_goes_over_the_older_one(hub: HubProcess, client: httpx.
         async with agent.connected():
             await agent.until_wanted(job_id)
             report(agent, job_id, range(1, 7), attempt=1, loss=10.0)
+            agent.add(Schema(2, ["eval_loss"]), job_id)
+            agent.add(Point(time.time() + 1e6, 1, 4, 0.5, 2, [9.0]), job_id)
             report(agent, job_id, range(4, 6), attempt=2, loss=1.0)
             # Late news of the first attempt change nothing.
             agent.add(JobStatus(time.time(), 1, "failed"), job_id)
-            agent.add(Point(1.0, 2, 5, 0.5, 2, [0.25]), job_id)
-            agent.add(Schema(2, ["eval_loss"]), job_id)
+            agent.add(Point(1.0, 2, 5, 0.5, 3, [0.25]), job_id)
+            # Names may come behind the points that use them, after a reconnect of lanes.
+            agent.add(Schema(3, ["eval_loss"]), job_id)
             await agent.until_acked()
         points = {point["step"]: point for point in curve_of(client, job_id)}
         assert points[3]["train_loss"] == pytest.approx(10 / 3)
-        assert points[4]["train_loss"] == 0.25
+        assert (points[4]["train_loss"], points[4]["eval_loss"]) == (0.25, None)
         # A train and an evaluation point of one step are one row of the curve.
         assert (points[5]["train_loss"], points[5]["eval_loss"]) == (0.2, 0.25)
         assert (points[5]["attempt"], points[6]["attempt"]) == (2, 1)
@@ -228,6 +231,21 @@ def test_the_higher_boot_takes_over_and_the_loser_is_told(hub: HubProcess) -> No
             assert code == 4008
             assert "boot 2 attempt 1" in reason
             assert new.closed is None
+
+    anyio.run(main)
+
+
+def test_the_header_and_hello_name_one_agent(hub: HubProcess) -> None:
+    async def main() -> None:
+        agent = an_agent(hub)
+        headers = {"Authorization": f"Bearer {hub.key}", "X-Agent-ID": "agent_another"}
+        async with agent.dial(additional_headers=headers) as socket:
+            await socket.send(msgspec.msgpack.encode(agent.hello()))
+            with pytest.raises(ConnectionClosed) as closed:
+                await socket.recv()
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 4011
+        assert "agent_another" in closed.value.rcvd.reason
 
     anyio.run(main)
 

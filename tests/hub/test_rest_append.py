@@ -1,6 +1,7 @@
 """What a job's own token may do, and that nothing is stored twice."""
 
 import hashlib
+import sqlite3
 
 import httpx
 import msgspec
@@ -48,7 +49,9 @@ def test_a_token_opens_its_own_job_alone(client: httpx.Client) -> None:
     assert curve(client, other[0]) == []
 
 
-def test_a_point_that_comes_twice_is_stored_once_and_step_0_counts(client: httpx.Client) -> None:
+def test_a_point_that_comes_twice_is_stored_once_and_step_0_counts(
+    hub: HubProcess, client: httpx.Client
+) -> None:
     job_id, token = claimed(client)
     path = job_path(job_id, "metrics")
     first = {"step": 0, "epoch": 0, "train_loss": 3.0, "loss_trend": "improving", "nonsense": 1}
@@ -64,6 +67,10 @@ def test_a_point_that_comes_twice_is_stored_once_and_step_0_counts(client: httpx
     for _ in range(2):
         answer = client.post(METRICS, json={"job_id": job_id, "metrics": batch}, headers=token)
         assert (answer.status_code, answer.json()["count"]) == (200, 2)
+    db = sqlite3.connect(hub.data_dir / "hub.sqlite3")
+    rows = db.execute("SELECT count(*) FROM points WHERE job=(SELECT seq FROM jobs WHERE id=?)", (job_id,))
+    assert rows.fetchone() == (4,)
+    db.close()
     points = curve(client, job_id)
     assert [(point["step"], point["train_loss"], point["eval_loss"]) for point in points] == [
         (0, 3.0, 2.5),
@@ -120,9 +127,8 @@ def test_numbered_appends_are_applied_once_and_say_how_far(client: httpx.Client)
     assert [point["step"] for point in curve(client, job_id)] == [1, 2, 3, 4, 5]
     logs = token | {"X-Stream": "77/2", "X-Range": "1-1"}
     for _ in range(2):
-        assert (
-            client.post(job_path(job_id, "logs"), json={"logs": ["a", "b"]}, headers=logs).json()["ack"] == 1
-        )
+        answer = client.post(job_path(job_id, "logs"), json={"logs": ["a", "b"]}, headers=logs)
+        assert (answer.status_code, answer.json()["ack"]) == (200, 1)
     assert client.get(job_path(job_id, "logs")).json()["total_lines"] == 2
     bad = client.post(job_path(job_id, "logs"), json={"logs": ["a"]}, headers=token | {"X-Stream": "77/2"})
     assert bad.status_code == 400
@@ -146,8 +152,13 @@ def test_records_as_on_the_socket_can_come_by_rest(client: httpx.Client) -> None
     assert [point["train_loss"] for point in curve(client, job_id)] == [0.5, 0.25]
     assert client.get(job_path(job_id, "logs")).json()["logs"] == ["x", "y"]
     assert client.get(job_path(job_id, "status")).json()["state"] == "running"
-    wrong = client.put(job_path(job_id, "metrics"), content=b"\xc1", headers=kind)
-    assert wrong.status_code == 400
+    point = msgspec.msgpack.encode([msgspec.Raw(encode_record(Point(1.0, 1, 9, 0.1, 1, [0.5])))])
+    path = job_path(job_id, "metrics")
+    gap = client.put(path, content=point, headers=kind | {"X-Stream": "5/1", "X-Range": "9-9"})
+    assert (gap.status_code, gap.json()["ack"]) == (409, 2)
+    miscounted = client.put(path, content=point, headers=kind | {"X-Stream": "5/1", "X-Range": "3-4"})
+    assert miscounted.status_code == 400
+    assert client.put(path, content=b"\xc1", headers=kind).status_code == 400
 
 
 def test_only_legal_transitions_are_taken(client: httpx.Client) -> None:

@@ -144,6 +144,29 @@ def test_a_full_disk_fails_the_write_and_not_the_store(tmp_path: Path) -> None:
     anyio.run(main)
 
 
+def test_a_commit_that_fails_leaves_the_store_usable(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = Store(tmp_path / "db")
+
+        def orphan(db: sqlite3.Connection) -> None:
+            db.execute("CREATE TABLE a (id INTEGER PRIMARY KEY)")
+            db.execute("CREATE TABLE b (a INTEGER REFERENCES a DEFERRABLE INITIALLY DEFERRED)")
+            db.execute("INSERT INTO b VALUES (1)")
+
+        try:
+            store._db.execute("PRAGMA foreign_keys=ON")
+            with pytest.raises(StoreFailed, match="FOREIGN KEY"):
+                await store.write(orphan)
+            with pytest.raises(StoreFailed, match="NOT NULL"):
+                await store.write(lambda db: db.execute("INSERT INTO agents VALUES ('x', NULL)").fetchall())
+            await store.write(lambda db: db.execute("INSERT INTO agents VALUES ('y', x'')").fetchall())
+            assert await store.read(lambda db: db.execute("SELECT id FROM agents").fetchall()) == [("y",)]
+        finally:
+            store.close()
+
+    anyio.run(main)
+
+
 def test_many_writes_share_a_commit(tmp_path: Path) -> None:
     async def main() -> None:
         store = Store(tmp_path / "db")
