@@ -214,7 +214,7 @@ def test_a_newer_attempt_goes_over_the_older_one(hub: HubProcess, client: httpx.
     anyio.run(main)
 
 
-def test_the_higher_boot_takes_over_and_the_loser_is_told(hub: HubProcess) -> None:
+def test_the_higher_boot_takes_over_and_the_loser_is_told(hub: HubProcess, client: httpx.Client) -> None:
     async def main() -> None:
         old = an_agent(hub)
         new = ScriptedAgent(hub.url, hub.key, old.agent_id)
@@ -231,6 +231,13 @@ def test_the_higher_boot_takes_over_and_the_loser_is_told(hub: HubProcess) -> No
             assert code == 4008
             assert "boot 2 attempt 1" in reason
             assert new.closed is None
+        while seen_agent(client, old)["connected"]:
+            await anyio.sleep(0.02)
+        # Nor may it once the newer one is away for a moment.
+        async with late.connected(welcomed=False):
+            assert (await late.until_closed())[0] == 4008
+        async with new.connected():
+            pass
 
     anyio.run(main)
 
