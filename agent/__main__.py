@@ -3,9 +3,16 @@
 
 def main() -> None:
     """Run the command line."""
-    from agent.cli import main as command_line
+    import sys
 
-    command_line()
+    if sys.argv[1:] == ["start"]:
+        from agent.cli_start import main as start
+
+        start()
+    else:
+        from agent.cli import main as command_line
+
+        command_line()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ import typer
 
 from agent.cli_commands import commands
 from agent.cli_options import AsJson, JobPath, given, settings_of
-from agent.config import Settings, dialable
+from agent.cli_start import guarded, leaf, log_to, warn
+from agent.cli_start import run as run_start
 from agent.errors import AgentError, Exit
 
 if TYPE_CHECKING:
@@ -65,27 +66,7 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Take what goes before the command."""
-    context.obj = given(env_file, home, sets or [], _warn)
-
-
-def _warn(sentence: str) -> None:
-    print(f"warning: {sentence}", file=sys.stderr)
-
-
-def _logging(settings: Settings, *, to_stderr: bool = True) -> None:
-    from agent import logs
-    from agent.runtime.redact import Redactor
-
-    settings.agent_home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    secrets = [settings.api_key] if settings.api_key is not None else []
-    hidden = [secret.reveal() for secret in (*secrets, *settings.trainer_environment.values())]
-    logs.set_up(
-        settings.log_level,
-        settings.agent_home / "agent.log",
-        as_json=settings.log_json,
-        redact=Redactor(hidden).redact,
-        to_stderr=to_stderr,
-    )
+    context.obj = given(env_file, home, sets or [], warn)
 
 
 @app.command()
@@ -94,18 +75,7 @@ def start(context: typer.Context) -> None:
 
     Example: BACKEND_URL=https://app.finetunelab.ai API_KEY=wak_... training-agent start
     """
-    import anyio
-
-    from agent.app import run_agent
-
-    settings = settings_of(context)
-    dialable(settings)
-    _logging(settings)
-    try:
-        code = anyio.run(run_agent, settings)
-    except* AgentError as group:
-        raise _leaf(group) from None
-    raise typer.Exit(code)
+    raise typer.Exit(run_start(settings_of(context)))
 
 
 @app.command()
@@ -223,7 +193,7 @@ def run(
         settings = msgspec.structs.replace(settings, datasets_dir=data.parent)
         dataset_path = str(data)
     name = checked(job_id or file.job_id or cli_jobfile.stable_id(job, file, dataset_path))
-    _logging(settings, to_stderr=False)
+    log_to(settings, to_stderr=False)
     told = cli_show.Told()
     tenths = cli_show.Tenths()
     with cli_show.bar(to_stderr=True, quiet=as_json) as bar:
@@ -250,21 +220,13 @@ def run(
         try:
             view = anyio.run(running)
         except* AgentError as group:
-            raise _leaf(group) from None
+            raise leaf(group) from None
     if as_json:
         print(cli_show.line(cli_show.result(view)), flush=True)
     else:
         print(cli_show.outcome(view), file=sys.stdout if view.state is JobState.COMPLETED else sys.stderr)
     codes = {JobState.COMPLETED: Exit.OK, JobState.PAUSED: cli_show.EXIT_PAUSED}
     raise typer.Exit(codes.get(view.state, Exit.JOB_FAILED))
-
-
-def _leaf(group: BaseExceptionGroup[AgentError]) -> AgentError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, AgentError)
-    return error
 
 
 def _advance(
@@ -282,19 +244,4 @@ app.add_typer(commands)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code; an error is one sentence on standard error."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        app(words)
-    except AgentError as error:
-        if "--debug" in words:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except Exception as error:
-        if "--debug" in words:
-            raise
-        print(
-            f"error: a defect of the agent ({type(error).__name__}: {error}). "
-            "Run it again with --debug before the command and please report what it shows.",
-            file=sys.stderr,
-        )
-        sys.exit(Exit.INTERNAL)
+    sys.exit(guarded(lambda: app(words), debug="--debug" in words))
