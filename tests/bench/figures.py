@@ -1,0 +1,85 @@
+"""What a benchmark returns, and how figures are made of samples."""
+
+import os
+import statistics
+from collections.abc import Sequence
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.bench.watched_hub import WatchedHub
+from tests.support.programs import Agent
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure, its target, and what it was made of."""
+
+    value: float
+    unit: str
+    target: float | None
+    ok: bool | None
+    """None where there is no target."""
+    detail: dict[str, Any] = field(default_factory=dict)
+
+    def public(self) -> dict[str, Any]:
+        return {
+            "value": self.value,
+            "unit": self.unit,
+            "target": self.target,
+            "ok": self.ok,
+            **self.detail,
+            "load": round(os.getloadavg()[0], 1),
+        }
+
+
+def at_most(value: float, unit: str, target: float, **detail: Any) -> Figure:
+    return Figure(_short(value), unit, target, value <= target, _all_short(detail))
+
+
+def at_least(value: float, unit: str, target: float, **detail: Any) -> Figure:
+    return Figure(_short(value), unit, target, value >= target, _all_short(detail))
+
+
+def shown(value: float, unit: str, **detail: Any) -> Figure:
+    """Return a figure without a target."""
+    return Figure(_short(value), unit, None, None, _all_short(detail))
+
+
+def percentile(samples: Sequence[float], share: float) -> float:
+    """Return the nearest-rank percentile."""
+    ordered = sorted(samples)
+    return ordered[min(len(ordered) - 1, max(0, round(share * len(ordered) + 0.5) - 1))]
+
+
+def spread(samples: Sequence[float]) -> float:
+    """Return (most - least) / median."""
+    return (max(samples) - min(samples)) / statistics.median(samples)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _all_short(detail: dict[str, Any]) -> dict[str, Any]:
+    return {name: _short(value) if isinstance(value, float) else value for name, value in detail.items()}
+
+
+@contextmanager
+def running(folder: Path, *, fake: bool, **settings: str) -> Iterator[tuple[WatchedHub, Agent]]:
+    """Run a hub with a stopwatch and an agent with the default settings."""
+    hub = WatchedHub(folder / "hub").start()
+    agent = Agent(folder / "agent", hub.url, fake=fake, **{**DEFAULTS, **settings}).start()
+    try:
+        yield hub, agent
+    finally:
+        for part in (agent, hub):
+            if part.process is not None and part.process.poll() is None:
+                part.stop()
+        hub.http.close()
+
+
+DEFAULTS = {"LOG_LEVEL": "INFO", "GPU_MONITORING_INTERVAL_SECONDS": "5"}
+"""Tests have others."""
