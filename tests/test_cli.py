@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,9 @@ def test_run_prints_every_metric_and_state_and_the_result_last(tmp_path: Path) -
     assert [line["step"] for line in lines if line["type"] == "metric"] == [1, 2, 3, 4, 5, 6]
     states = [line["state"] for line in lines if line["type"] == "state"]
     assert states[0] in ("queued", "preparing") and states[-1] == "completed"
+    told = [line for line in lines if line["type"] == "state"]
+    keys = [(line["state"], line["phase"], line["detail"], line["attempt"]) for line in told]
+    assert all(one != after for one, after in pairwise(keys)), "each state is told once"
     assert lines[-1]["type"] == "result" and lines[-1]["status"] == "completed"
     assert Path(lines[-1]["model_path"]).is_dir()
 

@@ -119,6 +119,29 @@ def test_it_does_not_wait_longer_than_the_grace(tmp_path: Path) -> None:
         assert outer.returncode == 7
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="orphans go to a subreaper on Linux alone")
+def test_where_it_is_not_process_1_the_trainer_is_ended_by_its_id(tmp_path: Path) -> None:
+    trainer = TRAINER.replace("SAVE", "300").replace(
+        "time.sleep", "print(os.getpid(), flush=True); time.sleep"
+    )
+    command = [
+        sys.executable,
+        str(ROOT / "agent/setup/init.py"),
+        sys.executable,
+        "-c",
+        AGENT,
+        str(tmp_path),
+        trainer,
+    ]
+    env = {"PATH": os.environ["PATH"], "PUID": "0", "PGID": "0", "STOP_GRACE_SECONDS": "0.5"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as outer:
+        assert outer.stdout is not None and outer.stdout.readline().startswith("up ")
+        outer.send_signal(signal.SIGTERM)
+        pid = int(outer.stdout.readline())
+        assert outer.wait(30) == 7
+        assert not Path(f"/proc/{pid}").exists()
+
+
 @needs_namespace
 def test_a_second_stop_does_not_wait_for_the_save(tmp_path: Path) -> None:
     with container(tmp_path, save=300) as (outer, first):

@@ -1,5 +1,6 @@
 """The server inside the agent's loop: its port, its address file, its end."""
 
+import contextlib
 import signal
 import socket
 from pathlib import Path
@@ -30,6 +31,25 @@ def test_it_serves_until_cancelled_and_leaves_no_address(tmp_path: Path) -> None
     port = int(url.rsplit(":", 1)[1])
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_its_end_closes_connections_that_are_kept(tmp_path: Path) -> None:
+    async def main() -> bytes:
+        async with served(answer, tmp_path) as url:
+            port = int(url.rsplit(":", 1)[1])
+            stream = await anyio.connect_tcp("127.0.0.1", port)
+            await stream.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            got = await stream.receive()
+            # Half of a request, which no time-out for idle connections ends.
+            await stream.send(b"GET / HT")
+            await anyio.sleep(0.1)
+        async with stream:
+            with anyio.fail_after(20), contextlib.suppress(anyio.EndOfStream, anyio.BrokenResourceError):
+                while True:
+                    got += await stream.receive()
+        return got
+
+    assert b"here" in anyio.run(main)
 
 
 def test_a_port_in_use_is_a_warning_and_no_end(tmp_path: Path) -> None:
