@@ -54,6 +54,16 @@ def seen_agent(client: httpx.Client, agent: ScriptedAgent) -> dict[str, Any]:
     return client.get(f"/api/training/agents/{agent.agent_id}").json()["agent"]  # type: ignore[no-any-return]
 
 
+async def until_away(client: httpx.Client, agent: ScriptedAgent) -> dict[str, Any]:
+    """Return the agent as the hub shows it once its connection has ended."""
+    with anyio.fail_after(20):
+        while True:
+            seen = seen_agent(client, agent)
+            if not seen["connected"]:
+                return seen
+            await anyio.sleep(0.02)
+
+
 def control(client: httpx.Client, job_id: str, action: str) -> httpx.Response:
     return client.post(job_path(job_id, "control"), json={"action": action})
 
@@ -231,8 +241,7 @@ def test_the_higher_boot_takes_over_and_the_loser_is_told(hub: HubProcess, clien
             assert code == 4008
             assert "boot 2 attempt 1" in reason
             assert new.closed is None
-        while seen_agent(client, old)["connected"]:
-            await anyio.sleep(0.02)
+        await until_away(client, new)
         # Nor may it once the newer one is away for a moment.
         async with late.connected(welcomed=False):
             assert (await late.until_closed())[0] == 4008
@@ -433,10 +442,7 @@ def test_a_planned_silence_is_explained(hub: HubProcess, client: httpx.Client) -
             agent.session.bye("the machine goes to sleep", time.time() + 3600)
             agent.add(Figures(1.0, {"x": 1.0}))
             await agent.until_acked()
-        seen = seen_agent(client, agent)
-        while seen["connected"]:
-            await anyio.sleep(0.02)
-            seen = seen_agent(client, agent)
+        seen = await until_away(client, agent)
         assert seen["status"] == "offline"
         assert seen["presence"].startswith("silent until")
         assert seen["presence"].endswith("the machine goes to sleep")
