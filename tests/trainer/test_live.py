@@ -21,6 +21,8 @@ def test_a_new_learning_rate_keeps_the_shape_of_the_schedule(jobs: Jobs) -> None
         assert line.points[step]["learning_rate"] == pytest.approx(
             factor * plain.points[step]["learning_rate"]
         )
+    assert line.points[5]["train_loss"] == plain.points[5]["train_loss"]
+    assert line.points[6]["train_loss"] != plain.points[6]["train_loss"]
 
 
 def test_a_new_learning_rate_survives_a_pause(jobs: Jobs) -> None:
