@@ -109,7 +109,9 @@ def test_live_parameters_reach_the_trainer(pair: Pair) -> None:
     hub, _ = pair
     job = hub.submit(fake_config("step=0.02", steps=100))
     hub.wait_step(job, 3)
-    answer = hub.http.patch(f"{hub.url}/api/training/local/{job}/update-params", json={"learning_rate": 0.001})
+    answer = hub.http.patch(
+        f"{hub.url}/api/training/local/{job}/update-params", json={"learning_rate": 0.001}
+    )
     assert answer.status_code == 200, answer.text
     wait_until(lambda: hub.status(job)["learning_rate"] == 0.001, "the new learning rate")
     hub.control(job, "cancel")

@@ -12,7 +12,15 @@ from tests.support.programs import Agent, Hub, clean_env, end, together, wait_un
 from tests.trainer.conftest import build_model, build_tokenizer, chat_rows, write_jsonl
 
 STEPS = 14
-EXACT = ("train_loss", "eval_loss", "learning_rate", "grad_norm", "tokens_seen", "best_eval_loss", "best_step")
+EXACT = (
+    "train_loss",
+    "eval_loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens_seen",
+    "best_eval_loss",
+    "best_step",
+)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +149,9 @@ def test_run_pauses_on_ctrl_c_and_the_same_command_resumes(real: tuple[Hub, Agen
 
     _, agent = real
     job = tmp_path / "job.json"
-    job.write_text(json.dumps({**config(max_steps=60, evaluation_strategy="no"), "dataset_path": "chat.jsonl"}))
+    job.write_text(
+        json.dumps({**config(max_steps=60, evaluation_strategy="no"), "dataset_path": "chat.jsonl"})
+    )
     env = clean_env(
         AGENT_HOME=str(tmp_path / "home"),
         MODELS_DIR=str(agent.home / "models"),
@@ -165,7 +175,12 @@ def test_run_pauses_on_ctrl_c_and_the_same_command_resumes(real: tuple[Hub, Agen
     assert lines(first)[-1]["state"] == "paused" and paused_at < 60
     second = tmp_path / "second"
     with second.open("w") as out:
-        assert subprocess.run(command, env=env, cwd=tmp_path, stdout=out, timeout=120, check=False).returncode == 0
+        assert (
+            subprocess.run(command, env=env, cwd=tmp_path, stdout=out, timeout=120, check=False).returncode
+            == 0
+        )
     last = lines(second)[-1]
     assert last["state"] == "completed" and last["current_step"] == 60 and last["attempt"] == 2
-    assert [line["step"] for line in lines(second) if line["type"] == "metric"] == list(range(paused_at + 1, 61))
+    assert [line["step"] for line in lines(second) if line["type"] == "metric"] == list(
+        range(paused_at + 1, 61)
+    )

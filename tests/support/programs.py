@@ -24,7 +24,8 @@ def clean_env(**more: str) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name in ("PATH", "HOME", "LANG", "TMPDIR", "COVERAGE_PROCESS_START", "COVERAGE_FILE", "VIRTUAL_ENV")
+        if name
+        in ("PATH", "HOME", "LANG", "TMPDIR", "COVERAGE_PROCESS_START", "COVERAGE_FILE", "VIRTUAL_ENV")
     }
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **more}
 
@@ -85,14 +86,18 @@ class Hub:
         answer.raise_for_status()
         return answer.json()
 
-    def submit(self, config: dict[str, Any], dataset_path: str = "fake/data", job_id: str | None = None) -> str:
+    def submit(
+        self, config: dict[str, Any], dataset_path: str = "fake/data", job_id: str | None = None
+    ) -> str:
         body = {"job_id": job_id, "config": config, "dataset_path": dataset_path, "status": "pending"}
         answer = self.http.post(f"{self.url}/api/training/local/jobs", json=body)
         assert answer.status_code == 200, answer.text
         return str(answer.json()["job_id"])
 
     def control(self, job_id: str, action: str, **more: str) -> dict[str, Any]:
-        answer = self.http.post(f"{self.url}/api/training/local/{job_id}/control", json={"action": action, **more})
+        answer = self.http.post(
+            f"{self.url}/api/training/local/{job_id}/control", json={"action": action, **more}
+        )
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
 
