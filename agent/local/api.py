@@ -14,6 +14,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from agent.config import Settings
 from agent.core.ports import Desk
@@ -97,8 +98,8 @@ def build(desk: Desk, settings: Settings, token: str) -> Starlette:
         backend_url=settings.backend_url,
         host=settings.host,
     )
-    handlers = {AgentError: _answer_error, HTTPException: _answer_http, Exception: _answer_defect}
-    return Starlette(routes=routes, middleware=[guard], exception_handlers=handlers)
+    handlers = {AgentError: _answer_error, HTTPException: _answer_http}
+    return Starlette(routes=routes, middleware=[guard, Middleware(_Defects)], exception_handlers=handlers)
 
 
 _WANTS = {"pause": Want.PAUSE, "resume": Want.RUN, "cancel": Want.CANCEL, "stop": Want.STOP}
@@ -280,6 +281,16 @@ async def _answer_http(request: Request, error: Exception) -> Response:
     return _json({"error": sentence}, error.status_code, headers=error.headers)
 
 
-async def _answer_defect(request: Request, error: Exception) -> Response:
-    logger.opt(exception=error).error("local API: {} {} failed", request.method, request.url.path)
-    return _json({"error": "A defect of the agent; its log has the details."}, 500)
+class _Defects:
+    """Answers a defect of ours with a sentence. Starlette's own would raise it again and drop the connection."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except Exception as error:  # noqa: BLE001 - the outermost frame of a request: the agent lives on
+            logger.opt(exception=error).error("local API: {} {} failed", scope["method"], scope["path"])
+            answer = _json({"error": "A defect of the agent; its log has the details."}, 500)
+            await answer(scope, receive, send)
