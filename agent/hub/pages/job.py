@@ -64,6 +64,7 @@ class JobPage:
         self._hub = hub
         self._id = job.id
         self._fresh = True
+        self._colour = ""
         with ui.row().classes("w-full items-center gap-3"):
             with ui.column().classes("gap-0 grow"):
                 ui.label(job.name or job.model_name).classes("text-2xl font-semibold")
@@ -142,7 +143,10 @@ class JobPage:
             where += f" (offline since {words.clock(offline_since)})"
         self._under.text = f"{job.id} - {job.model_name} - {job.method.upper()} - {where}"
         self._state.text = words.state(job)
-        self._state.props(f"color={words.colour(job)}")
+        if self._colour != words.colour(job):
+            self._colour = words.colour(job)
+            self._state.props(f"color={self._colour}")
+            self._bar.props(f"color={self._colour}")
         self._pause.set_visibility(job.state in _STARTABLE and job.want is not Want.PAUSE)
         self._resume.set_visibility(job.state is JobState.PAUSED or (job.live and job.want is Want.PAUSE))
         self._retry.set_visibility(job.state in (JobState.FAILED, JobState.CANCELLED))
@@ -151,7 +155,6 @@ class JobPage:
         self._sentence.text = job.error
         self._advice.text = job.failure.advice if job.failure else ""
         self._bar.value = progress(job) / 100
-        self._bar.props(f"color={words.colour(job)}")
         self._steps.text = self._progress(job)
         for name, (box, value) in self._figures.items():
             box.set_visibility(job.figures.get(name) is not None)
