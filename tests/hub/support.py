@@ -1,13 +1,19 @@
 """A hub in a process of its own, and a client for its REST routes."""
 
 import json
+import secrets
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
+
+from protocol.messages import JobStatus, Point, Schema
+from tests.support.scripted_agent import ScriptedAgent
 
 KEY = "wak_" + "k" * 32
 CONFIG: dict[str, Any] = {"model": {"name": "tiny"}, "training": {"max_steps": 4}}
@@ -94,3 +100,57 @@ def bearer(token: str) -> dict[str, str]:
 
 def job_path(job_id: str, tail: str) -> str:
     return f"/api/training/local/{job_id}/{tail}"
+
+
+NAMES = ["train_loss", "learning_rate", "eta_seconds"]
+
+
+def an_agent(hub: HubProcess, **options: object) -> ScriptedAgent:
+    """Return an agent of its own id that can run no method of other tests' jobs, unless it is told to."""
+    return ScriptedAgent(hub.url, hub.key, f"agent_{secrets.token_hex(8)}", **options)  # type: ignore[arg-type]
+
+
+def status_of(client: httpx.Client, job_id: str) -> dict[str, Any]:
+    return client.get(job_path(job_id, "status")).json()  # type: ignore[no-any-return]
+
+
+def curve_of(client: httpx.Client, job_id: str) -> list[dict[str, float]]:
+    return client.get(job_path(job_id, "metrics")).json()["metrics"]  # type: ignore[no-any-return]
+
+
+def logs_of(client: httpx.Client, job_id: str, **params: int) -> dict[str, Any]:
+    return client.get(job_path(job_id, "logs"), params=params).json()  # type: ignore[no-any-return]
+
+
+def seen_agent(client: httpx.Client, agent: ScriptedAgent) -> dict[str, Any]:
+    return client.get(f"/api/training/agents/{agent.agent_id}").json()["agent"]  # type: ignore[no-any-return]
+
+
+async def until_away(client: httpx.Client, agent: ScriptedAgent) -> dict[str, Any]:
+    """Return the agent as the hub shows it once its connection has ended."""
+    with anyio.fail_after(20):
+        while True:
+            seen = seen_agent(client, agent)
+            if not seen["connected"]:
+                return seen
+            await anyio.sleep(0.02)
+
+
+def control(client: httpx.Client, job_id: str, action: str) -> httpx.Response:
+    return client.post(job_path(job_id, "control"), json={"action": action})
+
+
+def adjust(client: httpx.Client, job_id: str, **values: float) -> httpx.Response:
+    return client.patch(job_path(job_id, "update-params"), json=values)
+
+
+def report(agent: ScriptedAgent, job_id: str, steps: range, attempt: int = 1, loss: float = 1.0) -> None:
+    """Say what a run says: its states, names and points."""
+    now = time.time()
+    agent.add(JobStatus(now, attempt, "preparing"), job_id)
+    agent.add(JobStatus(now, attempt, "running"), job_id)
+    agent.add(Schema(1, NAMES), job_id)
+    for step in steps:
+        agent.add(
+            Point(now + step, attempt, step, step / 10, 1, [loss / step, 1e-4, 5.0], "improving"), job_id
+        )

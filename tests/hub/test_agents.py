@@ -1,16 +1,13 @@
 """The socket that agents dial: who is let in, what is stored, and what a bad peer gets."""
 
 import json
-import secrets
 import time
-from typing import Any
 
 import anyio
 import httpx
 import msgspec
 import pytest
-from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.typing import Subprotocol
+from websockets.exceptions import ConnectionClosed
 
 from protocol.failures import FailureReason, failure
 from protocol.messages import (
@@ -27,85 +24,19 @@ from protocol.messages import (
     Result,
     Schema,
 )
-from tests.hub.support import HubProcess, job_path, submit
-from tests.support.scripted_agent import ScriptedAgent, machine
-
-NAMES = ["train_loss", "learning_rate", "eta_seconds"]
-
-
-def an_agent(hub: HubProcess, **options: object) -> ScriptedAgent:
-    """Return an agent of its own id that can run no method of other tests' jobs, unless it is told to."""
-    return ScriptedAgent(hub.url, hub.key, f"agent_{secrets.token_hex(8)}", **options)  # type: ignore[arg-type]
-
-
-def status_of(client: httpx.Client, job_id: str) -> dict[str, Any]:
-    return client.get(job_path(job_id, "status")).json()  # type: ignore[no-any-return]
-
-
-def curve_of(client: httpx.Client, job_id: str) -> list[dict[str, float]]:
-    return client.get(job_path(job_id, "metrics")).json()["metrics"]  # type: ignore[no-any-return]
-
-
-def logs_of(client: httpx.Client, job_id: str, **params: int) -> dict[str, Any]:
-    return client.get(job_path(job_id, "logs"), params=params).json()  # type: ignore[no-any-return]
-
-
-def seen_agent(client: httpx.Client, agent: ScriptedAgent) -> dict[str, Any]:
-    return client.get(f"/api/training/agents/{agent.agent_id}").json()["agent"]  # type: ignore[no-any-return]
-
-
-async def until_away(client: httpx.Client, agent: ScriptedAgent) -> dict[str, Any]:
-    """Return the agent as the hub shows it once its connection has ended."""
-    with anyio.fail_after(20):
-        while True:
-            seen = seen_agent(client, agent)
-            if not seen["connected"]:
-                return seen
-            await anyio.sleep(0.02)
-
-
-def control(client: httpx.Client, job_id: str, action: str) -> httpx.Response:
-    return client.post(job_path(job_id, "control"), json={"action": action})
-
-
-def adjust(client: httpx.Client, job_id: str, **values: float) -> httpx.Response:
-    return client.patch(job_path(job_id, "update-params"), json=values)
-
-
-def report(agent: ScriptedAgent, job_id: str, steps: range, attempt: int = 1, loss: float = 1.0) -> None:
-    """Say what a run says: its states, names and points."""
-    now = time.time()
-    agent.add(JobStatus(now, attempt, "preparing"), job_id)
-    agent.add(JobStatus(now, attempt, "running"), job_id)
-    agent.add(Schema(1, NAMES), job_id)
-    for step in steps:
-        agent.add(
-            Point(now + step, attempt, step, step / 10, 1, [loss / step, 1e-4, 5.0], "improving"), job_id
-        )
-
-
-def test_a_wrong_key_is_refused_before_the_socket_opens(hub: HubProcess) -> None:
-    async def main() -> None:
-        agent = an_agent(hub)
-        agent.key = "wak_" + "x" * 32
-        with pytest.raises(InvalidStatus) as refused:
-            async with agent.dial():
-                pass
-        assert refused.value.response.status_code == 401
-        assert json.loads(refused.value.response.body) == {"error": "Invalid API key"}
-
-    anyio.run(main)
-
-
-def test_an_unknown_subprotocol_is_refused_with_a_sentence(hub: HubProcess) -> None:
-    async def main() -> None:
-        with pytest.raises(InvalidStatus) as refused:
-            async with an_agent(hub).dial(subprotocols=[Subprotocol("agent.v99.xml")]):
-                pass
-        assert refused.value.response.status_code == 400
-        assert SUBPROTOCOL_MSGPACK in json.loads(refused.value.response.body)["error"]
-
-    anyio.run(main)
+from tests.hub.support import (
+    HubProcess,
+    adjust,
+    an_agent,
+    control,
+    curve_of,
+    logs_of,
+    report,
+    seen_agent,
+    status_of,
+    submit,
+)
+from tests.support.scripted_agent import machine
 
 
 @pytest.mark.parametrize("subprotocol", [SUBPROTOCOL_MSGPACK, SUBPROTOCOL_JSON])
@@ -220,63 +151,6 @@ def test_a_newer_attempt_goes_over_the_older_one(hub: HubProcess, client: httpx.
         assert (points[5]["attempt"], points[6]["attempt"]) == (2, 1)
         assert status_of(client, job_id)["status"] == "running"
         assert status_of(client, job_id)["current_step"] == 5
-
-    anyio.run(main)
-
-
-def test_the_higher_boot_takes_over_and_the_loser_is_told(hub: HubProcess, client: httpx.Client) -> None:
-    async def main() -> None:
-        old = an_agent(hub)
-        new = ScriptedAgent(hub.url, hub.key, old.agent_id)
-        new.boot = 2
-        async with old.connected(), new.connected():
-            code, reason = await old.until_closed()
-            assert code == 4008
-            assert "boot 2 attempt 1" in reason
-            # The older one dials again and must not take the id back.
-            late = ScriptedAgent(hub.url, hub.key, old.agent_id)
-            late.attempt = 7
-            async with late.connected(welcomed=False):
-                code, reason = await late.until_closed()
-            assert code == 4008
-            assert "boot 2 attempt 1" in reason
-            assert new.closed is None
-        await until_away(client, new)
-        # Nor may it once the newer one is away for a moment.
-        async with late.connected(welcomed=False):
-            assert (await late.until_closed())[0] == 4008
-        async with new.connected():
-            pass
-
-    anyio.run(main)
-
-
-def test_the_header_and_hello_name_one_agent(hub: HubProcess) -> None:
-    async def main() -> None:
-        agent = an_agent(hub)
-        headers = {"Authorization": f"Bearer {hub.key}", "X-Agent-ID": "agent_another"}
-        async with agent.dial(additional_headers=headers) as socket:
-            await socket.send(msgspec.msgpack.encode(agent.hello()))
-            with pytest.raises(ConnectionClosed) as closed:
-                await socket.recv()
-        assert closed.value.rcvd is not None
-        assert closed.value.rcvd.code == 4011
-        assert "agent_another" in closed.value.rcvd.reason
-
-    anyio.run(main)
-
-
-def test_another_install_cannot_take_the_id(hub: HubProcess) -> None:
-    async def main() -> None:
-        agent = an_agent(hub)
-        async with agent.connected():
-            thief = ScriptedAgent(hub.url, hub.key, agent.agent_id, install_id="install-2")
-            thief.boot = 99
-            async with thief.connected(welcomed=False):
-                code, reason = await thief.until_closed()
-            assert code == 4505
-            assert "box" in reason
-            assert agent.closed is None
 
     anyio.run(main)
 
@@ -432,22 +306,6 @@ def test_an_agent_gets_one_job_more_than_it_runs_and_the_next_on_an_end(
 
     with HubProcess(tmp_path_factory.mktemp("hub"), "--no-page") as hub:
         anyio.run(main, hub)
-
-
-def test_a_planned_silence_is_explained(hub: HubProcess, client: httpx.Client) -> None:
-    async def main() -> None:
-        agent = an_agent(hub)
-        async with agent.connected():
-            assert agent.session is not None
-            agent.session.bye("the machine goes to sleep", time.time() + 3600)
-            agent.add(Figures(1.0, {"x": 1.0}))
-            await agent.until_acked()
-        seen = await until_away(client, agent)
-        assert seen["status"] == "offline"
-        assert seen["presence"].startswith("silent until")
-        assert seen["presence"].endswith("the machine goes to sleep")
-
-    anyio.run(main)
 
 
 def test_the_frame_limit_is_the_protocols() -> None:
