@@ -439,3 +439,34 @@ def test_the_demo_that_cannot_build_ends_with_a_sentence(
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(AgentError, match=r"could not be built; .*build\.log says why"):
         demo.run(demo.Wish(home=tmp_path / "demo"), lambda news: None)
+
+
+@pytest.mark.slow
+def test_the_demo_learns_and_leaves_nothing_running(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "agent",
+        "demo",
+        "--exit-when-done",
+        "--no-browser",
+        "--json",
+        "--home",
+        "demo",
+    ]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environ, timeout=600)
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout.splitlines()[-1])["result"]
+    assert result["held_out_loss_after"] < result["held_out_loss_before"] * 2 / 3
+    assert result["log_likelihood_after"] > result["log_likelihood_before"]
+    assert result["answer_before"] and result["answer_after"]
+    assert list(Path(result["model_path"]).glob("*.safetensors"))
+    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if _mentions(path, str(tmp_path))]
+    assert left == []
+
+
+def _mentions(path: Path, text: str) -> bool:
+    with contextlib.suppress(OSError):
+        return text in path.read_text(errors="replace")
+    return False
