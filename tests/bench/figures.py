@@ -69,6 +69,7 @@ def _all_short(detail: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def running(folder: Path, *, fake: bool, **settings: str) -> Iterator[tuple[WatchedHub, Agent]]:
     """Run a hub with a stopwatch and an agent with the default settings."""
+    folder.mkdir(parents=True, exist_ok=True)
     hub = WatchedHub(folder / "hub").start()
     agent = Agent(folder / "agent", hub.url, fake=fake, **{**DEFAULTS, **settings}).start()
     try:
