@@ -96,7 +96,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     outbox_max_mb: Annotated[int, Meta(ge=8, le=1_000_000)] = 512
     """Disk for records that the backend has not yet acknowledged; past it old points are thinned out."""
     trainer_threads: Annotated[int, Meta(ge=0, le=1024)] = 0
-    """CPU threads of a trainer; 0 leaves the choice to PyTorch."""
+    """CPU threads of a trainer; 0 takes OMP_NUM_THREADS, else all cores but one where a job trains on the CPU."""
     devices: tuple[Device, ...] = ()
     """GPUs that jobs may use, by number or UUID, such as `0,1`; `cpu` for none; empty for all."""
     bad_key_sleep: Annotated[float, Meta(ge=0, le=86_400)] = 0.0

@@ -1,6 +1,7 @@
 """Gets a job's next attempt going: data fetched, paths resolved, limits set, process started."""
 
 import itertools
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -194,8 +195,14 @@ class Launching:
             devices="" if device == "cpu" else device,
             workspace=str(temporary),
             passed=self._settings.pass_to_trainer,
-            threads=self._settings.trainer_threads or None,
+            threads=self._threads(device),
         )
+
+    def _threads(self, device: str) -> int | None:
+        if self._settings.trainer_threads or "OMP_NUM_THREADS" in self._base_env or device != "cpu":
+            return self._settings.trainer_threads or None
+        # Threads that wait for a busy core spin: with every core taken a step lasts twice as long and more.
+        return max(1, (os.cpu_count() or 2) - 1)
 
     async def keep_warm(self) -> None:
         """Keep a trainer with its imports done standing by, for ever."""
