@@ -37,6 +37,9 @@ SILENCE = 2.5
 """A peer is dead after this many heartbeat intervals without a byte."""
 WELCOME_WITHIN = 10.0
 """Seconds from HELLO to WELCOME."""
+FRAME_TARGET = 64 * 1024
+"""Bytes of records in one DATA frame, unless a single record is larger: on a slow line what is urgent
+waits for one frame, and an acknowledgement comes with each."""
 FRAME_HEAD = 512
 """Bytes of a frame that DATA keeps free for its head."""
 
@@ -251,7 +254,8 @@ class AgentSession(_Base):
             self._close(Close.MALFORMED, "a second WELCOME")
             return []
         self.welcome = message
-        self.heartbeat = message.heartbeat_s
+        # The owner may want a sharper eye than the backend asks for, never a duller one.
+        self.heartbeat = min(self.heartbeat, message.heartbeat_s)
         # A backend may answer HELLO in its own time, and must not meet a stream in between.
         self._out.extend(self._unsaid)
         self._unsaid.clear()
@@ -335,7 +339,7 @@ class AgentSession(_Base):
         if not ready:
             return None
         key = min(ready, key=lambda one: (one.lane, self._streams[one].sid))
-        return key, self._streams[key].sent, min(max(room, 4096), self.frame_room)
+        return key, self._streams[key].sent, min(max(room, 4096), self.frame_room, FRAME_TARGET)
 
     def send(self, key: Key, lo: int, bodies: list[bytes]) -> None:
         """Queue records read from the journal: ``lo`` is the first one's number."""
@@ -377,6 +381,15 @@ class AgentSession(_Base):
 
     def tick(self, now: float, backlog: list[int] | None = None) -> float:
         """Do what is due; return when to call again."""
+        dead = self.watch(now)
+        if self.closing or self.welcome is None:
+            return dead
+        if now - self._said >= self.heartbeat:
+            self._beat(now, backlog)
+        return min(self._said + self.heartbeat, dead)
+
+    def watch(self, now: float) -> float:
+        """Close the connection if the backend has been silent for too long; return when to look again."""
         if self.closing:
             return now
         if self.welcome is None:
@@ -385,9 +398,7 @@ class AgentSession(_Base):
             return self._began + WELCOME_WITHIN
         if self._silent(now):
             return now
-        if now - self._said >= self.heartbeat:
-            self._beat(now, backlog)
-        return min(self._said + self.heartbeat, self._heard + SILENCE * self.heartbeat)
+        return self._heard + SILENCE * self.heartbeat
 
     def _beat(self, now: float, backlog: list[int] | None = None) -> None:
         self._nonce += 1

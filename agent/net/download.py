@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 # httpx is imported at the first transfer: it takes longer than the rest of the way to the first dial.
 
-CHUNK = 1 << 20
 READ_WITHIN = 30.0
 TRIES = 8
 """Transfers in a row that may break off without having brought a byte."""
@@ -115,7 +114,8 @@ async def _fetch(client: "httpx.AsyncClient", url: str, part: Path, have: int, s
         file = await anyio.to_thread.run_sync(_opened, part, have)
         with file:
             try:
-                async for block in answer.aiter_bytes(CHUNK):
+                # As it comes: a block of a set size would be lost whole when the line breaks before it is full.
+                async for block in answer.aiter_bytes():
                     have += len(block)
                     if have > size:
                         raise DownloadFailed(f"{url} sends more than the {size} bytes it announced.")

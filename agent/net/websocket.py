@@ -40,8 +40,6 @@ from protocol.session import Acked, AgentSession, Closing, Dropped, Key, Welcome
 
 OPEN_WITHIN = 10.0
 """Seconds for TCP, TLS and the upgrade together."""
-SEND_WITHIN = 30.0
-"""Seconds that one frame may wait for a full write buffer."""
 HEALTHY = 60.0
 """Seconds a session must have lived before the next dial's wait starts small again."""
 HELLO_STREAMS = 1000
@@ -85,6 +83,7 @@ class Link:
         self._subprotocols = [Subprotocol(name) for name in subprotocols]
         self._clock = clock
         self._wake = anyio.Event()
+        self._welcomed = anyio.Event()
         self._session: AgentSession | None = None
         self._retry_after = 0.0
         self.dials = 0
@@ -191,6 +190,7 @@ class Link:
 
     async def _converse(self, socket: ClientConnection, codec: Codec, session: AgentSession) -> Closing:
         ended: list[Closing] = []
+        self._welcomed = anyio.Event()
         async with anyio.create_task_group() as group:
 
             async def guarded(
@@ -207,12 +207,11 @@ class Link:
                         )
                     else:
                         ended.append(Closing(1006, "the connection was lost"))
-                except TimeoutError:
-                    ended.append(Closing(1006, "a frame could not be sent in time"))
                 group.cancel_scope.cancel()
 
             group.start_soon(guarded, self._read)
             group.start_soon(guarded, self._write)
+            group.start_soon(guarded, self._watch)
         if ended:
             return ended[0]
         return session.closing or Closing(1006, "the connection was lost")
@@ -231,6 +230,7 @@ class Link:
                     case Welcomed():
                         logger.info("connected to {} as session {}", self.url, news.session_id)
                         self._on_state("connected", self.url)
+                        self._welcomed.set()
                         await self._uplink.welcomed(news.server_time)
                     case Acked(key=key, seq=seq):
                         await self._uplink.acked(key, seq)
@@ -264,6 +264,15 @@ class Link:
                 return
             with anyio.move_on_after(max(0.01, due - self._clock())):
                 await wake.wait()
+
+    async def _watch(self, socket: ClientConnection, codec: Codec, session: AgentSession) -> None:
+        """Leave a backend that is silent: on a dead line the writer waits for ever on a full buffer."""
+        with anyio.move_on_after(session.watch(self._clock()) - self._clock()):
+            # WELCOME sets the limits anew.
+            await self._welcomed.wait()
+        while session.closing is None:
+            due = session.watch(self._clock())
+            await anyio.sleep(max(0.01, due - self._clock()))
 
     def _look(self, session: AgentSession) -> None:
         """Tell the session what the journal holds by now."""
@@ -305,8 +314,7 @@ class Link:
     async def _flush(self, socket: ClientConnection, codec: Codec, session: AgentSession) -> None:
         for message in session.outgoing(self._clock()):
             data = codec.encode(message)
-            with anyio.fail_after(SEND_WITHIN):
-                await socket.send(data.decode() if codec.as_json else data)
+            await socket.send(data.decode() if codec.as_json else data)
 
 
 __all__ = ["Link", "Refused", "socket_url"]

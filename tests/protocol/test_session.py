@@ -27,6 +27,7 @@ from protocol.messages import (
     Welcome,
 )
 from protocol.session import (
+    FRAME_TARGET,
     SILENCE,
     WELCOME_WITHIN,
     Acked,
@@ -146,6 +147,17 @@ def test_without_a_welcome_the_agent_gives_up() -> None:
     assert session.closing == Closing(1006, "no WELCOME within 10 s")
 
 
+def test_silence_is_watched_apart_from_what_is_said() -> None:
+    session = AgentSession(hello(), 0.0)
+    assert session.watch(0.0) == WELCOME_WITHIN
+    session.receive(Welcome("s", []), 4.0)
+    session.outgoing(4.0)
+    assert session.watch(20.0) == 4.0 + SILENCE * 15.0
+    assert session.outgoing(20.0) == [], "watching says nothing"
+    session.watch(4.0 + SILENCE * 15.0)
+    assert session.closing == Closing(1006, "nothing was heard for 37.5 s")
+
+
 def test_without_a_hello_the_backend_gives_up() -> None:
     session = HubSession(100.0)
     session.tick(109.9)
@@ -197,14 +209,14 @@ def test_a_reconnect_sends_only_what_the_backend_lacks() -> None:
     session = AgentSession(hello(head(CONTROL, 4, 9)), 0.0)
     news = session.receive(Welcome("s", [StreamAck(1, 6)]), 0.0)
     assert news == [Welcomed("s", 0.0), Acked(CONTROL, 6)]
-    assert session.next_read() == (CONTROL, 6, session.frame_room)
+    assert session.next_read() == (CONTROL, 6, FRAME_TARGET)
 
 
 def test_a_restored_backend_is_told_what_is_gone() -> None:
     session = AgentSession(hello(head(CONTROL, 4, 9)), 0.0)
     assert session.receive(Welcome("s", [StreamAck(1, 1)]), 0.0) == [Welcomed("s", 0.0)]
     assert said(session)[1:] == [Tomb(1, 2, 3, "trimmed", 2)]
-    assert session.next_read() == (CONTROL, 3, session.frame_room)
+    assert session.next_read() == (CONTROL, 3, FRAME_TARGET)
     # Its acknowledgement of the tombstone is no news to the journal.
     assert session.receive(Ack([StreamAck(1, 3)]), 0.0) == []
 
@@ -291,7 +303,7 @@ def test_a_dropped_stream_gives_its_room_back() -> None:
     assert session.next_read() is None
     assert session.receive(StreamClosed(1, "deleted"), 0.0) == [Dropped(CONTROL, "deleted")]
     assert session.in_flight == 0
-    assert session.next_read() == (METRICS, 0, session.frame_room)
+    assert session.next_read() == (METRICS, 0, FRAME_TARGET)
 
 
 def test_a_frame_is_as_large_as_the_backend_takes() -> None:
