@@ -4,13 +4,16 @@
 when the output, the session, the signals and the environment are as they must be.
 """
 
+import atexit
 import contextlib
+import ctypes
 import faulthandler
 import importlib
 import os
 import signal
 import sys
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from agent.runtime.bytequeue import ByteQueue
 
@@ -29,7 +32,7 @@ class Plan:
 
 
 def main(plan: Plan, orders: ByteQueue, events: ByteQueue) -> None:
-    """Become the trainer that ``plan`` names; leaves by SystemExit."""
+    """Become the trainer that ``plan`` names, and leave with what that returns."""
     # Its own session: a closed terminal does not reach it, and the whole group can be ended by one signal.
     with contextlib.suppress(PermissionError):  # it leads a session already
         os.setsid()
@@ -49,8 +52,17 @@ def main(plan: Plan, orders: ByteQueue, events: ByteQueue) -> None:
     events.close_reader()
     # There is no PR_SET_PDEATHSIG: the death of the agent is an end of file on `orders`, and must
     # leave the time to save.
-    code = importlib.import_module(plan.module).main(orders, events)
-    sys.exit(code)
+    _leave(importlib.import_module(plan.module).main(orders, events))
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process now. To take torch's modules apart one by one would hold a pause up for a second or two."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # What native code has printed may still lie in the C library's own buffers.
+    ctypes.CDLL(None).fflush(None)
+    os._exit(code)
 
 
 def claim_output(log: str) -> None:

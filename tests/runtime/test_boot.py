@@ -95,3 +95,14 @@ def test_a_module_that_cannot_be_imported_is_a_traceback_in_the_log(tmp_path: Pa
             assert "agent.trainer.absent" in end.log_tail[-1]
 
     anyio.run(go)
+
+
+def test_it_leaves_without_taking_itself_apart(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with supervised(HOSTILE) as watch:
+            env = clean_env(BEHAVIOUR="lingers")
+            await watch.supervisor.start("job", start_order(tmp_path), env=env, log=tmp_path / "job.log")
+            assert (await watch.exited()).exit_code == 0
+
+    anyio.run(go)
+    assert (tmp_path / "job.log").read_text() == "no newline, callback\n"

@@ -4,6 +4,7 @@ A child started with this module does what the name in its environment, BEHAVIOU
 (``python -m tests.support.children FOLDER NAME STEPS``) it is a small agent with one fake job.
 """
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -158,6 +159,13 @@ class Bomb:
         return (open, (self.path, "w"))
 
 
+class _Lingering:
+    """Something of a library whose end takes its time."""
+
+    def __del__(self) -> None:
+        print("taken apart")
+
+
 def main(orders: ByteQueue, events: ByteQueue) -> int:
     """Be the child that BEHAVIOUR names. It knows its job's attempt to be 1."""
     kind, _, argument = os.environ["BEHAVIOUR"].partition(" ")
@@ -217,6 +225,12 @@ def main(orders: ByteQueue, events: ByteQueue) -> int:
                 "modules": sorted(sys.modules),
             }
             say(1, Note("info", json.dumps(facts)))
+            return 0
+        case "lingers":
+            # Python would take this apart, and only after the callbacks.
+            globals()["_kept"] = _Lingering()
+            atexit.register(print, "callback")
+            sys.stdout.write("no newline, ")
             return 0
         case "segfault":
             os.kill(os.getpid(), signal.SIGSEGV)
