@@ -71,6 +71,7 @@ class Program:
         self.watch = Watch(self.desk, settings, self.redactor)
         self.launching = Launching(self.desk, settings, home, self._base_env, self.redactor, USER_AGENT)
         self.desk.launcher = self.launching
+        self.desk.on_change = lambda job, _: self.watch.printing(job)
         self.doors = Doors(
             self.desk,
             health=self.health,
@@ -106,6 +107,7 @@ class Program:
         self.desk.devices = self.watch.devices()
         await self.desk.begin()
         for job_id in self.desk.orphans:
+            self.watch.printing(self.desk.job(job_id))
             group.start_soon(self.launching.take_over, job_id)
         group.start_soon(self.watch.follow_logs)
         if self.settings.warm_trainer:

@@ -1,7 +1,6 @@
 """Looks at the machine and at the logs of running jobs, and reports what it sees."""
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import anyio
@@ -18,6 +17,7 @@ from agent.runtime.journal import Tx
 from agent.runtime.logs import Chunk, LogTail, read_lines
 from agent.runtime.redact import Redactor
 from protocol.jobspec import RUNNABLE
+from protocol.lifecycle import HAS_WORKER
 from protocol.messages import Figures, Lane, LogChunk, Machine, Values
 from protocol.version import AGENT_VERSION
 
@@ -39,6 +39,8 @@ class Watch:
         self._settings = settings
         self._redactor = redactor
         self._tails: dict[str, LogTail] = {}
+        self._printing: set[str] = set()
+        """Jobs that have had a process since their log was last read to its end."""
         self._looking = anyio.Lock()
         self._paths = [settings.checkpoints_dir, settings.models_dir, settings.agent_home]
 
@@ -103,12 +105,19 @@ class Watch:
 
     # Logs
 
+    def printing(self, job: Job) -> None:
+        """Note that a job has a process: its log is read, however short it lives."""
+        if job.state in HAS_WORKER:
+            self._printing.add(job.job_id)
+
     async def follow_logs(self) -> None:
         """Send what running jobs print, for ever; what a job printed last is sent after its end."""
         while True:
-            running: Mapping[str, str] = dict(self._desk.held)
-            for job_id in {*running, *self._tails}:
-                await self._send_new(job_id, ended=job_id not in running)
+            for job_id in list(self._printing):
+                ended = job_id not in self._desk.held
+                await self._send_new(job_id, ended=ended)
+                if ended and job_id not in self._desk.held:
+                    self._printing.discard(job_id)
             await anyio.sleep(LOG_EVERY)
 
     async def _send_new(self, job_id: str, *, ended: bool = False) -> None:

@@ -28,6 +28,7 @@ def moved(job: Job, record: JobStatus) -> None:
     job.attempt = record.attempt
     job.by, job.detail, job.phase = record.by, record.detail, record.phase
     job.before_retry = None
+    _reached(job, record, state)
     if state in (JobState.PREPARING, JobState.RUNNING) and job.started_at is None:
         job.started_at = record.time
     if state in TERMINAL:
@@ -40,6 +41,16 @@ def moved(job: Job, record: JobStatus) -> None:
         job.completed_at = None
         job.failure = None
         job.error = ""
+
+
+def _reached(job: Job, record: JobStatus, state: JobState) -> None:
+    """Follow the step that a state was reported at: the points themselves may still be on their way."""
+    if state in (JobState.QUEUED, JobState.PREPARING):
+        return  # where the next attempt begins is known when it runs
+    if state is JobState.RUNNING and record.attempt > job.figures_attempt:
+        job.figures_attempt, job.step = record.attempt, record.step
+    elif (record.attempt, record.step) >= (job.figures_attempt, job.step):
+        job.figures_attempt, job.step = record.attempt, record.step
 
 
 def take_facts(job: Job, facts: JobFacts) -> None:

@@ -158,7 +158,7 @@ class Fake:
                 batch_size=self.training.batch_size,
                 gradient_accumulation_steps=self.training.gradient_accumulation_steps,
                 resumed_from=resumed_from,
-                facts={"trainer": "fake"},
+                facts=self.facts(),
             )
         )
         while self.state.step < self.total and not self.stopped:
@@ -177,6 +177,17 @@ class Fake:
             apart = self.manner.grandchild > 1
             child = subprocess.Popen(sleeper, start_new_session=apart)
             self.line.say(Note("info", f"grandchild {child.pid}"))
+
+    def facts(self) -> dict[str, str]:
+        """Say under what limits and in what environment it runs, as the real trainer obeys them."""
+        limits = msgspec.structs.asdict(self.start.limits)
+        shown = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TMPDIR")
+        return {
+            "trainer": "fake",
+            "environment": " ".join(sorted(os.environ)),
+            **{name: str(value) for name, value in limits.items()},
+            **{name: os.environ.get(name, "") for name in shown},
+        }
 
     def one_step(self) -> None:
         """Do one optimizer step and say what it gave."""

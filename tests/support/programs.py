@@ -54,10 +54,11 @@ class Hub:
         self.port = port
         self.process: subprocess.Popen[str] | None = None
         self.url = ""
-        self.http = httpx.Client(headers={"Authorization": f"Bearer {KEY}"}, timeout=30)
+        self.http = httpx.Client()
 
     def start(self) -> "Hub":
         """Start it, on the port it had before if it had one."""
+        self.http = httpx.Client(headers={"Authorization": f"Bearer {KEY}"}, timeout=30)
         command = [sys.executable, "-m", self.module, "--port", str(self.port), "--data-dir", str(self.data)]
         log = (self.data.parent / f"{self.data.name}.log").open("a")
         self.process = subprocess.Popen(
@@ -79,6 +80,7 @@ class Hub:
     def stop(self, number: int = signal.SIGTERM) -> int:
         """End it and return its exit code."""
         assert self.process is not None
+        self.http.close()
         return end(self.process, number)
 
     def get(self, path: str) -> Any:
@@ -207,7 +209,6 @@ def together(folder: Path, *, fake: bool = True, **settings: str) -> Iterator[tu
         for part in (agent, hub):
             if part.process is not None and part.process.poll() is None:
                 part.stop()
-        hub.http.close()
 
 
 def fake_config(words: str = "", steps: int = 20, **training: Any) -> dict[str, Any]:
