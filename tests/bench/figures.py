@@ -1,5 +1,6 @@
 """What a benchmark returns, and how figures are made of samples."""
 
+import math
 import os
 import statistics
 from collections.abc import Iterator, Sequence
@@ -50,7 +51,7 @@ def shown(value: float, unit: str, **detail: Any) -> Figure:
 def percentile(samples: Sequence[float], share: float) -> float:
     """Return the nearest-rank percentile."""
     ordered = sorted(samples)
-    return ordered[min(len(ordered) - 1, max(0, round(share * len(ordered) + 0.5) - 1))]
+    return ordered[max(0, math.ceil(share * len(ordered) - 1e-9) - 1)]
 
 
 def spread(samples: Sequence[float]) -> float:

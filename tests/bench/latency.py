@@ -22,21 +22,20 @@ def latency(folder: Path, steps: int = STEPS, real: bool = True) -> dict[str, Fi
     with running(folder / "fake", fake=True, METRICS_REPORT_INTERVAL_STEPS="1") as (hub, _):
         job_id = hub.submit(fake_config(f"step={STEP}", steps))
         hub.wait_state(job_id, "completed", within=60 + 4 * STEP * steps)
-        figures = _figures("latency", _delays(hub, job_id))
+        figures = _figures("latency", _delays(hub, job_id, steps))
     if real:
         home = folder / "real" / "agent"
         job.build(home, steps)
         with running(folder / "real", fake=False, OMP_NUM_THREADS=job.threads()) as (hub, _):
             job_id = hub.submit(job.config(steps // 4, 1), job.ROWS)
             hub.wait_state(job_id, "completed", within=600)
-            figures |= _figures("latency_real", _delays(hub, job_id))
+            figures |= _figures("latency_real", _delays(hub, job_id, steps // 4))
     return figures
 
 
-def _delays(hub: WatchedHub, job_id: str) -> list[float]:
+def _delays(hub: WatchedHub, job_id: str, last: int) -> list[float]:
     """Return milliseconds, one a point."""
-    points = [(at, ended) for _, at, name, _, ended in hub.seen("point") if name == job_id]
-    return [1000 * (at - ended) for at, ended in points[SKIPPED:]]
+    return [1000 * (at - ended) for _, ended, at in hub.points(job_id, last)[SKIPPED:]]
 
 
 def _figures(name: str, delays: list[float]) -> dict[str, Figure]:
@@ -104,9 +103,9 @@ def ingest(folder: Path, points: int = 20_000) -> dict[str, Figure]:
     with running(folder, fake=True, METRICS_REPORT_INTERVAL_STEPS="1") as (hub, _):
         job_id = hub.submit(fake_config("step=0 save=0", points, save_steps=1_000_000))
         hub.wait_state(job_id, "completed", within=600)
-        notes = [(at, ended) for _, at, name, _, ended in hub.seen("point") if name == job_id]
+        notes = hub.points(job_id, points)
     made = notes[-1][1] - notes[0][1]
-    stored = notes[-1][0] - notes[0][1]
+    stored = notes[-1][2] - notes[0][1]
     return {
         "ingest": shown(
             len(notes) / stored, "durable points/s", points=len(notes), made_in=made, stored_in=stored

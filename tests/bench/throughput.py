@@ -68,6 +68,6 @@ def _under_the_agent(folder: Path, steps: int, logging_steps: int) -> float:
     with running(folder, fake=False, OMP_NUM_THREADS=job.threads()) as (hub, _):
         job_id = hub.submit(job.config(steps, logging_steps), job.ROWS)
         hub.wait_state(job_id, "completed", within=600)
+        times = {step: ended for step, ended, _ in hub.points(job_id, steps)}
         tokens = {point["step"]: float(point["tokens_seen"]) for point in hub.metrics(job_id)}
-        times = {step: ended for _, _, name, step, ended in hub.seen("point") if name == job_id}
     return (tokens[steps] - tokens[WARM_UP]) / (times[steps] - times[WARM_UP])

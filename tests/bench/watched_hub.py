@@ -33,6 +33,18 @@ class WatchedHub(programs.Hub):
         notes = [json.loads(line) for line in lines]
         return [note for note in notes if note[0] == kind]
 
+    def points(self, job_id: str, last: int) -> list[tuple[int, float, float]]:
+        """Return step, end of the step and moment of its commit of a job's points; waits for step ``last``.
+
+        A job's state goes before its points, so that they may lack for a moment when it has completed.
+        """
+
+        def found() -> list[tuple[int, float, float]]:
+            return [(step, ended, at) for _, at, name, step, ended in self.seen("point") if name == job_id]
+
+        programs.wait_until(lambda: any(step == last for step, _, _ in found()), f"step {last} at the hub")
+        return found()
+
 
 def watch(notes: IO[str]) -> None:
     """Have the hub's classes write notes."""

@@ -1,0 +1,44 @@
+"""The benchmark suite runs. What it measures is nobody's business here."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.bench import BENCHMARKS, latency
+from tests.bench.__main__ import main
+from tests.bench.figures import at_least, at_most, percentile
+
+
+def test_a_benchmark_from_the_command_line_to_its_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(BENCHMARKS, "ingest", partial(latency.ingest, points=200))
+    assert main(["ingest", "--json", str(tmp_path / "figures.json")]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert set(figures) == {"ingest"}
+    assert {"value", "unit", "target", "ok"} <= set(figures["ingest"])
+    assert figures["ingest"]["points"] == 200 and figures["ingest"]["value"] > 0
+    assert capsys.readouterr().out.splitlines()[2].startswith("| ingest |")
+
+
+def test_one_that_breaks_does_not_take_the_others_along(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(folder: Path) -> dict[str, object]:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setitem(BENCHMARKS, "start", broken)
+    monkeypatch.setitem(BENCHMARKS, "idle", lambda folder: {"idle_cpu": at_most(0.1, "%", 0.5)})
+    assert main(["start", "idle"]) == 1
+    said = capsys.readouterr()
+    assert "idle_cpu" in said.out and "could not be measured: start" in said.err
+
+
+def test_figures_and_their_targets() -> None:
+    assert at_most(0.5, "s", 0.5).ok and not at_most(0.51, "s", 0.5).ok
+    assert at_least(0.98, "", 0.98).ok and not at_least(0.97, "", 0.98).ok
+    assert percentile(range(1, 101), 0.5) == 50
+    assert percentile(range(1, 101), 0.99) == 99
+    assert percentile([7], 0.99) == 7
