@@ -79,7 +79,8 @@ def desire(job: Job, desired: Desired, *, now: float) -> tuple[Job, list[Effect]
     want = Want(desired.want)
     job = msgspec.structs.replace(job, observed=desired.version)
     effects: list[Effect] = []
-    fresh = news(job.asked, desired.parameters)
+    fresh, refused = usable(news(job.asked, desired.parameters))
+    effects += [_warning(job, now, sentence) for sentence in refused]
     if fresh != Parameters():
         # Also where nothing runs: the next attempt uses them, be it by a retry.
         job = msgspec.structs.replace(job, asked=desired.parameters, parameters=merged(job.parameters, fresh))
@@ -116,6 +117,16 @@ def news(old: Parameters, new: Parameters) -> Parameters:
     )
 
 
+def usable(parameters: Parameters) -> tuple[Parameters, list[str]]:
+    """Return the values that a run can be given, and a sentence on each other one. No door checks them before."""
+    given = {name: value for name, value in msgspec.structs.asdict(parameters).items() if value is not None}
+    bad = {name: value for name, value in given.items() if not 0 < value < float("inf")}
+    kept = Parameters(**{name: value for name, value in given.items() if name not in bad})
+    return kept, [
+        f"{name}: {value} cannot be set; it must be a number above 0." for name, value in bad.items()
+    ]
+
+
 def wanted(job: Job, want: Want, *, by: str, now: float, checkpoint: str = "") -> tuple[Job, list[Effect]]:
     """Write what is wanted of a job, and do what can be done at once.
 
@@ -142,6 +153,9 @@ def change(job: Job, parameters: Parameters) -> tuple[Job, list[Effect]]:
     """Remember live parameters, and hand them to the worker if there is one."""
     if job.state in TERMINAL:
         raise NotPossible(f"The job is {job.state}; its parameters can no longer change.")
+    parameters, refused = usable(parameters)
+    if refused:
+        raise NotPossible(" ".join(refused))
     job = msgspec.structs.replace(job, parameters=merged(job.parameters, parameters))
     if job.state in HAS_WORKER:
         return job, [Ask(job.job_id, SetParameters(parameters))]

@@ -283,3 +283,19 @@ def test_commands_need_a_running_worker() -> None:
         order_for(CommandKind.SAVE_NOW, "c", job(S.PAUSED))
     with pytest.raises(NotPossible, match='"retry" is not an order to a trainer'):
         order_for(CommandKind.RETRY, "c", job())
+
+
+@pytest.mark.parametrize("value", [0.0, -1e-4, float("nan"), float("inf")])
+def test_a_value_that_no_run_can_have_is_refused_by_both_doors(value: float) -> None:
+    bad = Parameters(learning_rate=value, save_steps=5)
+    with pytest.raises(NotPossible, match="learning_rate"):
+        change(job(), bad)
+    after, effects = desire(job(), wish("run", parameters=bad), now=1.0)
+    assert after.parameters == Parameters(save_steps=5)
+    assert Ask("j", SetParameters(Parameters(save_steps=5))) in effects
+    (told,) = [
+        effect.record
+        for effect in effects
+        if isinstance(effect, Report) and isinstance(effect.record, Notice)
+    ]
+    assert "learning_rate" in told.text
