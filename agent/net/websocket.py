@@ -26,15 +26,8 @@ from agent.net.retry import (
     retry_after,
 )
 from protocol.codec import BadMessage, Codec
-from protocol.messages import (
-    CONNECT_PATH,
-    MAX_FRAME,
-    SUBPROTOCOLS,
-    Close,
-    Command,
-    Desired,
-    Goaway,
-)
+from protocol.fields import MAX_FRAME
+from protocol.messages import CONNECT_PATH, SUBPROTOCOLS, Close, Command, Desired, Goaway
 from protocol.rest import HEADER_AGENT
 from protocol.session import Acked, AgentSession, Closing, Dropped, Key, Welcomed
 
@@ -252,12 +245,11 @@ class Link:
             # Before the look, so that whatever comes during it ends the wait below.
             wake = self._wake = anyio.Event()
             self._look(session)
-            while (wish := session.next_read()) is not None:
+            while not wake.is_set() and (wish := session.next_read()) is not None:
                 key, after, size = wish
                 rows = await self._uplink.read(key, after, size)
                 self._queue(session, codec, key, after, rows)
                 await self._flush(socket, codec, session)
-                self._look(session)
             due = session.tick(self._clock(), self._uplink.backlog())
             await self._flush(socket, codec, session)
             if session.closing is not None:

@@ -14,18 +14,9 @@ from websockets.typing import Subprotocol
 
 from agent.net.websocket import Link
 from protocol.codec import Codec, encode_record
-from protocol.messages import (
-    CONNECT_PATH,
-    MAX_FRAME,
-    SUBPROTOCOLS,
-    AnyRecord,
-    Command,
-    Desired,
-    Hello,
-    Notice,
-    StreamHead,
-    Welcome,
-)
+from protocol.fields import MAX_FRAME
+from protocol.messages import CONNECT_PATH, SUBPROTOCOLS, Command, Desired, Hello, StreamHead, Welcome
+from protocol.records import AnyRecord, Notice
 from protocol.session import Apply, Buried, Greeted, HubSession, Key, Left, Opened
 from tests.protocol.golden import MACHINE
 

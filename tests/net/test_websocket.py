@@ -20,8 +20,8 @@ from agent.errors import AgentError, IdentityTaken, KeyRefused, NotOurBackend, R
 from agent.net.retry import backoff
 from agent.net.websocket import Link, socket_url
 from protocol.codec import encode_record
+from protocol.fields import MAX_FRAME
 from protocol.messages import (
-    MAX_FRAME,
     SUBPROTOCOL_JSON,
     SUBPROTOCOL_MSGPACK,
     Close,
@@ -29,11 +29,9 @@ from protocol.messages import (
     Desired,
     Goaway,
     Heartbeat,
-    LogChunk,
-    Notice,
-    Point,
     Welcome,
 )
+from protocol.records import LogChunk, Notice, Point
 from protocol.session import FRAME_TARGET, Key
 from tests.net.backend import DEADLINE, EPOCH, Backend, Records, link_to, running, serving
 from tests.support.network import BadNetwork
@@ -131,12 +129,14 @@ async def test_no_append_is_slept_through() -> None:
 
 async def test_an_append_while_a_frame_is_being_sent_is_not_slept_through() -> None:
     async with connected() as (backend, records, link):
-        flush = link._flush
+        flush, calls = link._flush, 0
 
         async def flush_and_append(*arguments: Any) -> None:
+            nonlocal calls
             await flush(*arguments)
-            if records.heads()[CONTROL] == 1:
-                # Between the writer's look and its sleep.
+            calls += CONTROL in records.heads()
+            if calls == 2:
+                # The first call sent the record; this is the last thing before the writer sleeps.
                 records.say(CONTROL, "second")
                 link.bye("sleep")
 
