@@ -24,7 +24,8 @@ from agent.runtime.journal import JournalFull, Tx
 from agent.runtime.supervisor import Exited, Heard, Misbehaved, Supervisor
 from protocol.failures import FailureReason, failure
 from protocol.lifecycle import HAS_WORKER, IllegalTransition, JobState, Trigger
-from protocol.messages import AnyRecord, Lane, Point
+from protocol.messages import Lane
+from protocol.records import AnyRecord, Point
 from protocol.worker import AnyOrder, Cancel, Committed, Left, Metrics, Pause
 
 FULL_RETRY = 2.0

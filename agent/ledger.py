@@ -12,7 +12,8 @@ from agent.core.effects import Effect
 from agent.core.job import Job
 from agent.core.outbox import admit
 from agent.runtime.journal import Journal, Tx
-from protocol.messages import AnyRecord, Lane, Point
+from protocol.messages import Lane
+from protocol.records import AnyRecord, Point
 from protocol.session import Key
 
 OVER_QUOTA_EVERY = 10.0

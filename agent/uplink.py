@@ -12,21 +12,11 @@ from agent.errors import NotPossible, UnknownJob
 from agent.runtime.journal import Tx
 from protocol.codec import decode_record, encode_record
 from protocol.failures import FailureReason, failure
+from protocol.fields import Values
 from protocol.jobspec import BadSpec
 from protocol.lifecycle import TERMINAL, JobState, Want
-from protocol.messages import (
-    Command,
-    CommandDone,
-    CommandKind,
-    Desired,
-    Hello,
-    JobSeen,
-    Lane,
-    Machine,
-    Snapshot,
-    StreamHead,
-    Values,
-)
+from protocol.messages import Command, CommandKind, Desired, Hello, JobSeen, Lane, Machine, StreamHead
+from protocol.records import CommandDone, Snapshot
 from protocol.session import Key
 
 READ_RECORDS = 2048

@@ -16,9 +16,11 @@ from agent.runtime import devices
 from agent.runtime.journal import Tx
 from agent.runtime.logs import Chunk, LogTail, read_lines
 from agent.runtime.redact import Redactor
+from protocol.fields import Values
 from protocol.jobspec import RUNNABLE
 from protocol.lifecycle import HAS_WORKER
-from protocol.messages import Figures, Lane, LogChunk, Machine, Values
+from protocol.messages import Lane, Machine
+from protocol.records import Figures, LogChunk
 from protocol.version import AGENT_VERSION
 
 LOG_EVERY = 1.0

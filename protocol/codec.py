@@ -5,15 +5,9 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from protocol.messages import (
-    MAX_FRAME,
-    SUBPROTOCOL_JSON,
-    SUBPROTOCOL_MSGPACK,
-    AgentMessage,
-    AnyRecord,
-    Data,
-    HubMessage,
-)
+from protocol.fields import MAX_FRAME
+from protocol.messages import SUBPROTOCOL_JSON, SUBPROTOCOL_MSGPACK, AgentMessage, Data, HubMessage
+from protocol.records import AnyRecord
 
 T = TypeVar("T")
 

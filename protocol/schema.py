@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from protocol import failures, jobspec, messages, rest, worker
+from protocol import failures, fields, jobspec, messages, records, rest, worker
 from protocol.jobspec import JobSpec
 from protocol.lifecycle import IGNORED, TRANSITIONS, WANTS, JobState, Trigger, Want
 from protocol.messages import CONNECT_PATH, SUBPROTOCOL_JSON, SUBPROTOCOL_MSGPACK, Close
@@ -21,7 +21,7 @@ JSON_SCHEMA = "https://json-schema.org/draft/2020-12/schema"
 SCHEMA_FILE, ASYNCAPI_FILE = "schema.json", "asyncapi.json"
 _AGENT = messages.AgentMessage.__args__
 _HUB = messages.HubMessage.__args__
-_RECORDS = messages.AnyRecord.__args__
+_RECORDS = records.AnyRecord.__args__
 _FRAMES = tuple(dict.fromkeys((*_AGENT, *_HUB)))
 _BODIES = (rest.SubmitJob, rest.Control, rest.Execute)
 
@@ -139,7 +139,7 @@ def async_api() -> dict[str, Any]:
 def _definitions(template: str) -> dict[str, Any]:
     kinds = (*_FRAMES, *_RECORDS, JobSpec, *_BODIES)
     _, definitions = msgspec.json.schema_components(kinds, ref_template=template)
-    for module in (messages, jobspec, failures, worker, rest):
+    for module in (fields, messages, records, jobspec, failures, worker, rest):
         for name, sentences in _sentences(module).items():
             kind = getattr(module, name)
             if name in definitions and issubclass(kind, msgspec.Struct):

@@ -9,7 +9,8 @@ from agent.core.job import Job, react, report, settle
 from agent.errors import NotPossible
 from protocol.jobspec import BadSpec
 from protocol.lifecycle import HAS_WORKER, TERMINAL, JobState, Trigger, Want, cannot
-from protocol.messages import CommandKind, Desired, JobStatus, Lane, Notice
+from protocol.messages import CommandKind, Desired, Lane
+from protocol.records import JobStatus, Notice
 from protocol.trainingconfig import job_spec
 from protocol.worker import EvaluateNow, Parameters, SaveNow, SetParameters
 

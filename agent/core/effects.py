@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from protocol.messages import AnyRecord, Lane
+from protocol.messages import Lane
+from protocol.records import AnyRecord
 from protocol.worker import AnyOrder
 
 

@@ -9,15 +9,8 @@ from agent.core.job import Job, lost, react, report
 from agent.core.outbox import WORD, cut
 from protocol.failures import Failure
 from protocol.lifecycle import HAS_WORKER, TERMINAL, JobState, Trigger
-from protocol.messages import (
-    AnyRecord,
-    Checkpoint,
-    JobFacts,
-    Lane,
-    Notice,
-    ParametersApplied,
-    Result,
-)
+from protocol.messages import Lane
+from protocol.records import AnyRecord, Checkpoint, JobFacts, Notice, ParametersApplied, Result
 from protocol.worker import (
     AnyEvent,
     Failed,

@@ -14,7 +14,8 @@ from protocol.lifecycle import (
     advance,
     pursue,
 )
-from protocol.messages import JobStatus, Lane
+from protocol.messages import Lane
+from protocol.records import JobStatus
 from protocol.worker import Cancel, Parameters, Pause, Stop
 
 LOSSES_ALLOWED = 3

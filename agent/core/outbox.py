@@ -7,8 +7,8 @@ import msgspec
 
 from protocol.codec import decode_record, encode_record
 from protocol.failures import failure
-from protocol.messages import (
-    MAX_RECORD,
+from protocol.fields import MAX_RECORD
+from protocol.records import (
     AnyRecord,
     Checkpoint,
     CommandDone,

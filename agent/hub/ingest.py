@@ -13,7 +13,7 @@ from agent.hub.progress import moved, take_facts, take_result, take_snapshot
 from agent.hub.store import Db
 from agent.hub.tables import find_agent, find_job, save_agent, save_job
 from protocol.codec import BadMessage, Codec, Unknown, encode_record, number
-from protocol.messages import (
+from protocol.records import (
     AnyRecord,
     Checkpoint,
     CommandDone,

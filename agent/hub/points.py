@@ -14,7 +14,7 @@ from agent.hub.model import Job
 from agent.hub.store import Db
 from agent.hub.tables import job_seq
 from protocol.codec import encode_record, number
-from protocol.messages import Point
+from protocol.records import Point
 from protocol.rest import METRIC_NAMES
 
 BY_REST = -1

@@ -4,7 +4,7 @@ from agent.hub.model import Job
 from agent.hub.points import Dot, refresh
 from protocol.codec import number
 from protocol.lifecycle import TERMINAL, JobState
-from protocol.messages import JobFacts, JobStatus, Result, Snapshot
+from protocol.records import JobFacts, JobStatus, Result, Snapshot
 
 
 def moved(job: Job, record: JobStatus) -> None:
@@ -47,9 +47,7 @@ def _reached(job: Job, record: JobStatus, state: JobState) -> None:
     """Follow the step that a state was reported at: the points themselves may still be on their way."""
     if state in (JobState.QUEUED, JobState.PREPARING):
         return  # where the next attempt begins is known when it runs
-    if state is JobState.RUNNING and record.attempt > job.figures_attempt:
-        job.figures_attempt, job.step = record.attempt, record.step
-    elif (record.attempt, record.step) >= (job.figures_attempt, job.step):
+    if (record.attempt, record.step) >= (job.figures_attempt, job.step):
         job.figures_attempt, job.step = record.attempt, record.step
 
 

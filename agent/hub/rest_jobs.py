@@ -15,7 +15,7 @@ from agent.hub.store import Db
 from agent.hub.tables import find_job, get_job, list_jobs
 from agent.hub.web import Json, json_of, shaped, whole
 from protocol.codec import decode_record
-from protocol.messages import Checkpoint
+from protocol.records import Checkpoint
 from protocol.rest import Control, SubmitJob
 
 USER = "local"

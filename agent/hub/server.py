@@ -13,7 +13,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from agent.hub.errors import CannotStart
 from agent.hub.hub import Hub
-from protocol.messages import MAX_FRAME
+from protocol.fields import MAX_FRAME
 
 LINGER = 5.0
 """Seconds in which the rest of an oversized frame is read and thrown away, at most."""

@@ -17,7 +17,8 @@ from agent.core.job import Job, hold, react, step, unhold
 from agent.errors import NotPossible
 from protocol.failures import FailureReason, failure
 from protocol.lifecycle import HAS_WORKER, TERMINAL, JobState, Trigger, Want
-from protocol.messages import Desired, JobStatus
+from protocol.messages import Desired
+from protocol.records import JobStatus
 from protocol.worker import (
     AnyEvent,
     AnyOrder,

@@ -24,7 +24,8 @@ from agent.errors import NotPossible
 from protocol.failures import FailureReason, failure
 from protocol.jobspec import BadSpec
 from protocol.lifecycle import JobState, Want
-from protocol.messages import CommandKind, DatasetRef, Desired, JobStatus, Notice, Offer
+from protocol.messages import CommandKind, DatasetRef, Desired, Offer
+from protocol.records import JobStatus, Notice
 from protocol.worker import Cancel, EvaluateNow, Parameters, Pause, SaveNow, SetParameters
 
 S, W = JobState, Want

@@ -10,16 +10,8 @@ from agent.core.job import Job
 from agent.core.outbox import WORD
 from protocol.failures import FailureReason, failure
 from protocol.lifecycle import HAS_WORKER, TERMINAL, IllegalTransition, JobState, Want
-from protocol.messages import (
-    AnyRecord,
-    Checkpoint,
-    JobFacts,
-    JobStatus,
-    Lane,
-    Notice,
-    ParametersApplied,
-    Result,
-)
+from protocol.messages import Lane
+from protocol.records import AnyRecord, Checkpoint, JobFacts, JobStatus, Notice, ParametersApplied, Result
 from protocol.worker import (
     AnyEvent,
     Failed,

@@ -24,7 +24,7 @@ from agent.core.job import (
 )
 from protocol.failures import FailureReason, failure
 from protocol.lifecycle import HAS_WORKER, TERMINAL, IllegalTransition, JobState, Trigger, Want
-from protocol.messages import JobStatus
+from protocol.records import JobStatus
 from protocol.worker import Cancel, Pause, Stop
 from tests.core.simulation import World
 

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from agent.core.outbox import LINES, PROSE, WORD, Points, admit, chunks, cut, schema_of
 from protocol.codec import Codec, decode_record
 from protocol.failures import ADVICE, Evidence, Failure, FailureReason
-from protocol.messages import (
-    MAX_FRAME,
-    MAX_RECORD,
-    SUBPROTOCOL_JSON,
+from protocol.fields import MAX_FRAME, MAX_RECORD
+from protocol.messages import SUBPROTOCOL_JSON
+from protocol.records import (
     AnyRecord,
     Checkpoint,
     CommandDone,

@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import httpx
 
-from protocol.messages import JobStatus, Point, Schema
+from protocol.records import JobStatus, Point, Schema
 from tests.support.scripted_agent import ScriptedAgent
 
 KEY = "wak_" + "k" * 32

@@ -10,10 +10,9 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from protocol.failures import FailureReason, failure
-from protocol.messages import (
-    MAX_FRAME,
-    SUBPROTOCOL_JSON,
-    SUBPROTOCOL_MSGPACK,
+from protocol.fields import MAX_FRAME
+from protocol.messages import SUBPROTOCOL_JSON, SUBPROTOCOL_MSGPACK
+from protocol.records import (
     CommandDone,
     Figures,
     JobFacts,

@@ -10,10 +10,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
-from protocol.messages import (
-    SUBPROTOCOL_MSGPACK,
-    Figures,
-)
+from protocol.messages import SUBPROTOCOL_MSGPACK
+from protocol.records import Figures
 from tests.hub.support import (
     HubProcess,
     an_agent,

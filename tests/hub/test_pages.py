@@ -14,7 +14,7 @@ import pytest
 from playwright.async_api import Page, async_playwright, expect
 
 from protocol.failures import FailureReason, failure
-from protocol.messages import JobFacts, JobStatus, LogChunk, Point, Schema
+from protocol.records import JobFacts, JobStatus, LogChunk, Point, Schema
 from tests.hub.support import HubProcess, submit
 from tests.support.scripted_agent import ScriptedAgent
 

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from protocol.codec import encode_record
-from protocol.messages import JobStatus, LogChunk, Point, Schema
+from protocol.records import JobStatus, LogChunk, Point, Schema
 from protocol.rest import METRIC_NAMES
 from tests.hub.support import HubProcess, bearer, job_path, submit
 

@@ -11,7 +11,7 @@ import pytest
 
 from agent.hub.errors import StoreFailed
 from agent.hub.store import Store
-from protocol.messages import JobStatus, LogChunk, Point, Schema
+from protocol.records import JobStatus, LogChunk, Point, Schema
 from tests.hub.support import HubProcess, job_path, submit
 from tests.support.scripted_agent import ScriptedAgent
 

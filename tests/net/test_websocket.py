@@ -15,7 +15,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 import agent.net.websocket
-import protocol.session
+import protocol.session_agent
 from agent.errors import AgentError, IdentityTaken, KeyRefused, NotOurBackend, Refused, VersionRefused
 from agent.net.retry import backoff
 from agent.net.websocket import Link, socket_url
@@ -29,6 +29,7 @@ from protocol.messages import (
     Desired,
     Goaway,
     Heartbeat,
+    StreamAck,
     Welcome,
 )
 from protocol.records import LogChunk, Notice, Point
@@ -416,7 +417,7 @@ async def test_a_frame_of_two_mebibytes_is_refused_and_the_agent_lives_on() -> N
 async def test_an_ack_of_what_was_never_sent_is_told_to_the_backend() -> None:
     async def lie(socket: ServerConnection) -> None:
         await socket.recv()
-        await socket.send(msgspec.msgpack.encode(Welcome("s", [protocol.session.StreamAck(1, 9)])))
+        await socket.send(msgspec.msgpack.encode(Welcome("s", [StreamAck(1, 9)])))
         await socket.recv()
 
     async with odd_once(lie) as (backend, _, _):
@@ -446,7 +447,7 @@ async def test_a_silent_server_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_server_that_takes_the_upgrade_and_says_nothing_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(protocol.session, "WELCOME_WITHIN", 0.3)
+    monkeypatch.setattr(protocol.session_agent, "WELCOME_WITHIN", 0.3)
 
     async def mute(socket: ServerConnection) -> None:
         while True:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from protocol.codec import Codec, encode_record
-from protocol.messages import SUBPROTOCOLS, Close, Hello, Notice, StreamHead
+from protocol.messages import SUBPROTOCOLS, Close, Hello, StreamHead
+from protocol.records import Notice
 from protocol.session import (
     Acked,
     AgentSession,

@@ -10,19 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from protocol.codec import BadMessage, Codec, Unknown, decode_record, encode_record, number
-from protocol.messages import (
-    MAX_FRAME,
-    SUBPROTOCOL_JSON,
-    SUBPROTOCOL_MSGPACK,
-    Data,
-    Desired,
-    Figures,
-    Heartbeat,
-    LogChunk,
-    Offer,
-    Point,
-    Snapshot,
-)
+from protocol.fields import MAX_FRAME
+from protocol.messages import SUBPROTOCOL_JSON, SUBPROTOCOL_MSGPACK, Data, Desired, Heartbeat, Offer
+from protocol.records import Figures, LogChunk, Point, Snapshot
 from protocol.worker import Parameters
 from tests.protocol.golden import FRAMES, RECORDS
 

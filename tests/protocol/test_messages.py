@@ -7,20 +7,19 @@ import msgspec
 import pytest
 
 from protocol.codec import Codec, decode_record, encode_record
+from protocol.fields import MAX_FRAME, MAX_RECORD
 from protocol.messages import (
-    MAX_FRAME,
-    MAX_RECORD,
     SUBPROTOCOL_JSON,
     SUBPROTOCOL_MSGPACK,
     SUBPROTOCOLS,
     AgentMessage,
-    AnyRecord,
     Close,
     Data,
     Hello,
     HubMessage,
     Lane,
 )
+from protocol.records import AnyRecord
 from protocol.worker import encoder, event_decoder, order_decoder
 from tests.protocol.golden import DATA, EVENTS, FOLDER, FRAMES, ODD_POINT, ORDERS, RECORDS, examples
 

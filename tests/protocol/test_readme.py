@@ -7,17 +7,17 @@ import pytest
 
 import protocol
 from protocol import schema
+from protocol.fields import MAX_FRAME
 from protocol.messages import (
     CONNECT_PATH,
-    MAX_FRAME,
     SUBPROTOCOLS,
     AgentMessage,
-    AnyRecord,
     CommandKind,
     HubMessage,
     Offer,
     StreamHead,
 )
+from protocol.records import AnyRecord
 from protocol.rest import DATASET, HEADER_AGENT, HEADER_RANGE, HEADER_STREAM
 from protocol.session import SILENCE, WELCOME_WITHIN
 

@@ -8,7 +8,7 @@ import jsonschema
 import msgspec
 import pytest
 
-from protocol import messages, rest, schema
+from protocol import messages, records, rest, schema
 from protocol.codec import Codec, encode_record
 from protocol.jobspec import JobSpec, ModelSpec
 from protocol.lifecycle import JobState, Want
@@ -19,13 +19,12 @@ from protocol.messages import (
     Close,
     Data,
     Hello,
-    JobStatus,
     Machine,
-    Point,
     StreamAck,
     StreamHead,
     Welcome,
 )
+from protocol.records import JobStatus, Point
 
 FOLDER = Path(schema.__file__).parent
 DOCUMENT = schema.json_schema()
@@ -41,7 +40,7 @@ def test_the_files_are_current(name: str, document: dict[str, Any]) -> None:
 
 def test_the_schema_is_a_schema_and_names_everything() -> None:
     jsonschema.Draft202012Validator.check_schema(DOCUMENT)
-    for union in (messages.AgentMessage, messages.HubMessage, messages.AnyRecord):
+    for union in (messages.AgentMessage, messages.HubMessage, records.AnyRecord):
         for kind in union.__args__:
             assert DOCUMENT["$defs"][kind.__name__]["prefixItems"][0] == {
                 "enum": [kind.__struct_config__.tag],

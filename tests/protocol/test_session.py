@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.codec import Unknown
+from protocol.fields import MAX_FRAME
 from protocol.messages import (
-    MAX_FRAME,
     Ack,
     AgentMessage,
     Bye,

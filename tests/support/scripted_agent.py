@@ -12,23 +12,20 @@ from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
 from protocol.codec import Codec, encode_record
+from protocol.fields import MAX_FRAME
 from protocol.messages import (
     CONNECT_PATH,
-    MAX_FRAME,
     SUBPROTOCOL_MSGPACK,
-    AnyRecord,
     Command,
     Desired,
-    Figures,
     Goaway,
     Hello,
     JobSeen,
     Lane,
-    LogChunk,
     Machine,
-    Point,
     StreamHead,
 )
+from protocol.records import AnyRecord, Figures, LogChunk, Point
 from protocol.rest import HEADER_AGENT
 from protocol.session import Acked, AgentSession, Dropped, Key, Welcomed
 

@@ -11,19 +11,11 @@ from typing import Any
 
 import msgspec
 
-from protocol import messages, worker
+from protocol import messages, records, worker
 from protocol.failures import Evidence, Failure, FailureReason
 from protocol.jobspec import DataSpec, JobSpec, LoraSpec, ModelSpec, Quantization, SampleSpec, TrainingSpec
-from protocol.messages import (
-    AnyRecord,
-    DatasetRef,
-    Gpu,
-    JobSeen,
-    Machine,
-    Offer,
-    StreamAck,
-    StreamHead,
-)
+from protocol.messages import DatasetRef, Gpu, JobSeen, Machine, Offer, StreamAck, StreamHead
+from protocol.records import AnyRecord
 from protocol.worker import AnyEvent, AnyOrder, Limits, Parameters, Phase, Workspace
 
 FOLDER = Path(__file__).parent
@@ -55,8 +47,8 @@ HEAD = StreamHead(1, EPOCH, "job-1", 0, 5, 9)
 RECORDS: dict[str, AnyRecord] = {
     record.__class__.__name__: record
     for record in (
-        messages.JobStatus(1.5, 2, "failed", 7, "agent", "Row 57 is bad.", "", 3, FAILURE),
-        messages.JobFacts(
+        records.JobStatus(1.5, 2, "failed", 7, "agent", "Row 57 is bad.", "", 3, FAILURE),
+        records.JobFacts(
             1.5,
             2,
             100,
@@ -73,8 +65,8 @@ RECORDS: dict[str, AnyRecord] = {
             1000,
             {"dtype": "bfloat16"},
         ),
-        messages.Schema(77, ["grad_norm", "train_loss"]),
-        messages.Result(
+        records.Schema(77, ["grad_norm", "train_loss"]),
+        records.Result(
             1.5,
             2,
             "/m/job-1",
@@ -84,17 +76,17 @@ RECORDS: dict[str, AnyRecord] = {
             {"final_loss": 1.25},
             [{"prompt": "p", "log_likelihood_before": -3.5}],
         ),
-        messages.Checkpoint(1.5, 2, "checkpoint-40", 40, 1.2, 1 << 30, 3.5, "schedule", 2.5, None, True),
-        messages.CommandDone(1.5, "c-1", "refused", "The job is paused; this needs a running one."),
-        messages.Snapshot(1.5, 2, "running", 41, 1.23, {"train_loss": 2.25}),
-        messages.Notice(1.5, "warning", "Umlaut: ü, emoji: \U0001f642.", 2),
-        messages.ParametersApplied(1.5, 2, 41, Parameters(learning_rate=1e-5), "batch_size: too large."),
-        messages.Point(1.5, 2, 41, 1.23, 77, [None, 2.25], "improving"),
-        messages.Figures(1.5, {"cpu_percent": 12.5}),
-        messages.LogChunk(1.5, 2, 4096, ["a line", "\x1b[1mbold\x1b[0m"], 3),
+        records.Checkpoint(1.5, 2, "checkpoint-40", 40, 1.2, 1 << 30, 3.5, "schedule", 2.5, None, True),
+        records.CommandDone(1.5, "c-1", "refused", "The job is paused; this needs a running one."),
+        records.Snapshot(1.5, 2, "running", 41, 1.23, {"train_loss": 2.25}),
+        records.Notice(1.5, "warning", "Umlaut: ü, emoji: \U0001f642.", 2),
+        records.ParametersApplied(1.5, 2, 41, Parameters(learning_rate=1e-5), "batch_size: too large."),
+        records.Point(1.5, 2, 41, 1.23, 77, [None, 2.25], "improving"),
+        records.Figures(1.5, {"cpu_percent": 12.5}),
+        records.LogChunk(1.5, 2, 4096, ["a line", "\x1b[1mbold\x1b[0m"], 3),
     )
 }
-ODD_POINT = messages.Point(1.5, 2, 42, 1.25, 77, [math.inf, math.nan, -math.inf])
+ODD_POINT = records.Point(1.5, 2, 42, 1.25, 77, [math.inf, math.nan, -math.inf])
 
 
 def raw(record: AnyRecord) -> msgspec.Raw:
