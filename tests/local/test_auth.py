@@ -37,9 +37,7 @@ def test_the_token_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
     assert local_token(tmp_path) not in ("", token), "an empty file is a crash's, and no token"
 
 
-@pytest.mark.parametrize(
-    "header", ["", "Bearer", "Bearer wrong", "Basic dXNlcg==", "Bearer \u00ff"]
-)
+@pytest.mark.parametrize("header", ["", "Bearer", "Bearer wrong", "Basic dXNlcg==", "Bearer \u00ff"])
 def test_everything_but_health_needs_the_token(door: Api, header: str) -> None:
     headers = {"Authorization": header.encode("latin-1")} if header else {}
     for path in ("/api/training/jobs", "/metrics", "/api/training/agent", "/api/training/nothing"):
