@@ -236,10 +236,10 @@ def is_disk_full(error: BaseException | None, folder: Path) -> bool:
 
 def disk_full(folder: Path, what: str) -> TrainerError:
     """Return the error for a write of ``what`` that found no room."""
-    free = shutil.disk_usage(folder).free / 1e9
+    free = shutil.disk_usage(folder).free / 1e6
     return TrainerError(
         FailureReason.DISK_FULL,
-        f"There was no room to write {what}: {free:.2f} GB are free on the disk of {folder}. "
+        f"There was no room to write {what}: {free:.0f} MB are free on the disk of {folder}. "
         "Earlier checkpoints are untouched; free some space, then resume the job.",
     )
 
