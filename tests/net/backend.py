@@ -22,6 +22,7 @@ from tests.protocol.golden import MACHINE
 
 KEY = "wak_test"
 EPOCH = 7
+CONTROL, METRICS, LOGS = (Key(EPOCH, "job", lane) for lane in range(3))
 DEADLINE = 10.0
 """Seconds after which a wait in a test is a failure."""
 
@@ -283,3 +284,18 @@ async def running(link: Link) -> AsyncIterator[anyio.abc.TaskGroup]:
             group.start_soon(link.run)
             yield group
             group.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def connected(**more: Any) -> AsyncIterator[tuple[Backend, Records, Link]]:
+    """A link that has been welcomed."""
+    backend, records = Backend(), Records()
+    async with serving(backend):
+        link = link_to(backend, records, **more)
+        async with running(link):
+            await backend.until(lambda: bool(backend.hellos))
+            yield backend, records, link
+
+
+def is_connected(link: Link) -> bool:
+    return link.states[-1:] != [] and link.states[-1][0] == "connected"  # type: ignore[attr-defined]
