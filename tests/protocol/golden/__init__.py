@@ -161,6 +161,10 @@ ORDERS: dict[str, AnyOrder] = {
         worker.Committed(17),
     )
 }
+NEW_START = msgspec.structs.replace(
+    ORDERS["Start"], limits=Limits(gpu_memory_fraction=0.5, tokenizer_code=True)
+)
+"""With what was appended since the first version; the bytes of the example above lack it."""
 EVENTS: dict[str, AnyEvent] = {
     event.__class__.__name__: event
     for event in (
@@ -188,5 +192,6 @@ def examples() -> dict[str, Any]:
         **{f"record.{name}": value for name, value in RECORDS.items()},
         "record.Point.odd": ODD_POINT,
         **{f"order.{name}": value for name, value in ORDERS.items()},
+        "order.Start.2": NEW_START,
         **{f"event.{name}": worker.Numbered(2, 7, value) for name, value in EVENTS.items()},
     }
