@@ -54,6 +54,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     hub: bool = True
     """Whether models and data sets may be fetched from the Hub."""
     verify_resume: int = 0
+    tokenizer_code: bool = False
+    """True only when the owner allowed code from this very tokenizer; counts where a job names one of its own."""
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
