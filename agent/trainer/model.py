@@ -83,12 +83,14 @@ def choose_precision(spec: JobSpec, limits: Limits, note: Note) -> Precision:
 def load_tokenizer(spec: JobSpec, workspace: Workspace, limits: Limits) -> Any:
     """Return the tokenizer of the job, with the template and the padding that it asks for."""
     source = workspace.tokenizer or workspace.model
-    remote = _remote_code(
-        spec.tokenizer.trust_remote_code or spec.model.trust_remote_code, limits, "tokenizer"
-    )
-    arguments = _source_arguments(source, limits, workspace)
+    arguments = _source_arguments(source, limits)
     if source == workspace.model:
+        wanted = spec.tokenizer.trust_remote_code or spec.model.trust_remote_code
+        remote = _remote_code(wanted, limits.remote_code, "tokenizer")
         arguments["revision"] = spec.model.revision
+    else:
+        # Leave for the model's code is no leave for that of a tokenizer from elsewhere.
+        remote = _remote_code(spec.tokenizer.trust_remote_code, limits.tokenizer_code, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, trust_remote_code=remote, padding_side=spec.tokenizer.padding_side, **arguments
@@ -139,8 +141,8 @@ def load_base(
 ) -> Any:
     """Load the base model's weights; raises TrainerError with a sentence."""
     source = workspace.model
-    remote = _remote_code(spec.model.trust_remote_code, limits, "model")
-    arguments = _source_arguments(source, limits, workspace)
+    remote = _remote_code(spec.model.trust_remote_code, limits.remote_code, "model")
+    arguments = _source_arguments(source, limits)
     _refuse_pickles(source)
     if bits is not None:
         arguments |= {"quantization_config": bits, "device_map": {"": _device()}}
@@ -235,17 +237,17 @@ def _device() -> str:
     return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
 
-def _remote_code(wanted: bool, limits: Limits, what: str) -> bool:
-    if wanted and not limits.remote_code:
+def _remote_code(wanted: bool, allowed: bool, what: str) -> bool:
+    if wanted and not allowed:
         raise TrainerError(
             FailureReason.PERMISSION,
             f"The job wants to run Python code that comes with the {what} (trust_remote_code). "
-            "The owner of this machine has not allowed that for this model.",
+            f"The owner of this machine has not allowed that for this {what}.",
         )
     return wanted
 
 
-def _source_arguments(source: str, limits: Limits, workspace: Workspace) -> dict[str, Any]:
+def _source_arguments(source: str, limits: Limits) -> dict[str, Any]:
     """Return the arguments that belong to where ``source`` is; raises TrainerError if it may not be read."""
     if Path(source).is_absolute():
         if not Path(source).is_dir():
@@ -260,7 +262,7 @@ def _source_arguments(source: str, limits: Limits, workspace: Workspace) -> dict
             f"{source} would come from the Hugging Face Hub, which the owner of this machine does not allow. "
             "Use a model in the models folder.",
         )
-    return {"cache_dir": workspace.cache or None}
+    return {}  # what is fetched lies where the libraries keep it (HF_HOME), for the next job too
 
 
 def _refuse_pickles(source: str) -> None:

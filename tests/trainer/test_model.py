@@ -1,14 +1,18 @@
 """Loading, and the sentence for each way it can fail."""
 
+import contextlib
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from agent.trainer.errors import TrainerError
-from agent.trainer.model import choose_precision, load_model, load_tokenizer
+from agent.trainer.model import choose_precision, load_base, load_model, load_tokenizer
 from protocol.failures import FailureReason
 from protocol.jobspec import LoraSpec, ModelSpec, Quantization, TokenizerSpec, TrainingSpec
 from tests.trainer.conftest import Jobs, build_model, build_tokenizer
@@ -70,6 +74,77 @@ def test_remote_code_needs_the_owner(jobs: Jobs) -> None:
     reason, sentence = refusal(lambda: load(jobs.start(model=model)))
     assert reason is FailureReason.PERMISSION
     assert "trust_remote_code" in sentence
+
+
+def treacherous_tokenizer(folder: Path, marker: Path) -> Path:
+    """Save a tokenizer whose code, once imported, leaves a file."""
+    build_tokenizer().save_pretrained(folder)
+    (folder / "evil.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n"
+        f"open({str(marker)!r}, 'w').close()\n"
+        "class EvilTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    config = folder / "tokenizer_config.json"
+    changed = json.loads(config.read_text()) | {
+        "tokenizer_class": "EvilTokenizer",
+        "auto_map": {"AutoTokenizer": [None, "evil.EvilTokenizer"]},
+    }
+    config.write_text(json.dumps(changed))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("asked", "allowed", "runs"),
+    [(True, False, False), (False, True, False), (False, False, False), (True, True, True)],
+)
+def test_leave_for_a_models_code_is_none_for_another_tokenizers(
+    asked: bool, allowed: bool, runs: bool, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    marker = tmp_path / "ran"
+    start = jobs.start(
+        model=ModelSpec(name="tiny", trust_remote_code=True),
+        tokenizer=TokenizerSpec(name="evil", trust_remote_code=asked),
+        remote_code=True,
+        tokenizer_code=allowed,
+    )
+    workspace = msgspec.structs.replace(
+        start.workspace, tokenizer=str(treacherous_tokenizer(tmp_path / f"evil-{runs}", marker))
+    )
+
+    def load() -> Any:
+        return load_tokenizer(start.spec, workspace, start.limits)
+
+    if runs:
+        load()
+    elif asked:
+        reason, sentence = refusal(load)
+        assert reason is FailureReason.PERMISSION
+        assert "not allowed that for this tokenizer" in sentence
+    else:
+        with contextlib.suppress(TrainerError):  # whether its plain files do is the library's to say
+            load()
+    assert marker.exists() is runs
+
+
+def test_what_comes_from_the_hub_is_kept_where_the_libraries_keep_it(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def fetch(*_: Any, **arguments: Any) -> None:
+        asked.append(arguments)
+        raise OSError("no network in a test")
+
+    monkeypatch.setattr("agent.trainer.model.AutoTokenizer.from_pretrained", fetch)
+    monkeypatch.setattr("agent.trainer.model.AutoModelForCausalLM.from_pretrained", fetch)
+    start = jobs.start(base="someone/model")
+    limits = msgspec.structs.replace(start.limits, hub=True)
+    refusal(lambda: load_tokenizer(start.spec, start.workspace, limits))
+    refusal(lambda: load_base(start.spec, start.workspace, limits, torch.float32))
+    assert len(asked) == 2
+    assert not any("cache_dir" in arguments for arguments in asked)
 
 
 def test_a_tokenizer_larger_than_the_model(jobs: Jobs, tmp_path: Path, tiny_tokenizer: Any) -> None:
