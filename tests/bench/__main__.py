@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from tests.bench import BENCHMARKS
+from tests.bench.suite import BENCHMARKS
 
 COLUMNS = ("name", "value", "unit", "target", "ok", "detail")
 

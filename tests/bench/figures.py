@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.watched_hub import WatchedHub
-from tests.support.programs import Agent
+from tests.support.programs import Agent, wait_until
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,21 @@ def running(folder: Path, *, fake: bool, **settings: str) -> Iterator[tuple[Watc
             if part.process is not None and part.process.poll() is None:
                 part.stop()
         hub.http.close()
+
+
+def await_end(hub: WatchedHub, agent: Agent, job_id: str, within: float = 600) -> None:
+    """Wait until a job has completed; an agent that has gone meanwhile, or a job that failed, is an error at once."""
+
+    def there() -> bool:
+        assert agent.process is not None
+        if agent.process.poll() is not None:
+            raise RuntimeError(f"the agent has left: {agent.output[-2000:]}")
+        stands = hub.status(job_id)
+        if stands["state"] in ("failed", "cancelled"):
+            raise RuntimeError(f"the job {stands['state']}: {stands['error']}")
+        return bool(stands["state"] == "completed")
+
+    wait_until(there, f"the end of {job_id}", within, every=0.2)
 
 
 DEFAULTS = {"LOG_LEVEL": "INFO", "GPU_MONITORING_INTERVAL_SECONDS": "5"}

@@ -4,9 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tests.trainer.conftest import build_model, build_tokenizer, text_rows, write_jsonl
-
-BATCH, LENGTH, RATE, SEED = 4, 256, 1e-3, 42
+BATCH, LENGTH, RATE, SEED = 4, 128, 1e-3, 42
 MODEL = {
     "hidden_size": 192,
     "intermediate_size": 512,
@@ -25,6 +23,9 @@ def threads() -> str:
 
 def build(home: Path, steps: int) -> None:
     """Write the model and the rows of so many steps where an agent with this home looks for them."""
+    # Not at the top: it imports torch, which most benchmarks have no use for.
+    from tests.trainer.conftest import build_model, build_tokenizer, text_rows, write_jsonl
+
     tokenizer = build_tokenizer()
     build_model(home / "models" / "model", len(tokenizer), **MODEL)
     tokenizer.save_pretrained(home / "models" / "model")

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from tests.bench import job
-from tests.bench.figures import Figure, at_most, percentile, running, shown
+from tests.bench.figures import Figure, at_most, await_end, percentile, running, shown
 from tests.bench.watched_hub import WatchedHub
 from tests.support.programs import fake_config
 
@@ -19,16 +19,16 @@ PAUSES = 3
 
 def latency(folder: Path, steps: int = STEPS, real: bool = True) -> dict[str, Figure]:
     """Return both percentiles, for a trainer of 20 steps a second and for a real one."""
-    with running(folder / "fake", fake=True, METRICS_REPORT_INTERVAL_STEPS="1") as (hub, _):
+    with running(folder / "fake", fake=True, METRICS_REPORT_INTERVAL_STEPS="1") as (hub, agent):
         job_id = hub.submit(fake_config(f"step={STEP}", steps))
-        hub.wait_state(job_id, "completed", within=60 + 4 * STEP * steps)
+        await_end(hub, agent, job_id)
         figures = _figures("latency", _delays(hub, job_id, steps))
     if real:
         home = folder / "real" / "agent"
         job.build(home, steps)
-        with running(folder / "real", fake=False, OMP_NUM_THREADS=job.threads()) as (hub, _):
+        with running(folder / "real", fake=False, OMP_NUM_THREADS=job.threads()) as (hub, agent):
             job_id = hub.submit(job.config(steps // 4, 1), job.ROWS)
-            hub.wait_state(job_id, "completed", within=600)
+            await_end(hub, agent, job_id)
             figures |= _figures("latency_real", _delays(hub, job_id, steps // 4))
     return figures
 
@@ -100,9 +100,9 @@ def _step_seconds(hub: WatchedHub, job_id: str, before: float) -> float:
 
 def ingest(folder: Path, points: int = 20_000) -> dict[str, Figure]:
     """Return the points a second that go from a trainer without pauses to the hub's disk."""
-    with running(folder, fake=True, METRICS_REPORT_INTERVAL_STEPS="1") as (hub, _):
+    with running(folder, fake=True, METRICS_REPORT_INTERVAL_STEPS="1") as (hub, agent):
         job_id = hub.submit(fake_config("step=0 save=0", points, save_steps=1_000_000))
-        hub.wait_state(job_id, "completed", within=600)
+        await_end(hub, agent, job_id)
         notes = hub.points(job_id, points)
     made = notes[-1][1] - notes[0][1]
     stored = notes[-1][2] - notes[0][1]

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import BENCHMARKS, latency
+from tests.bench import latency
 from tests.bench.__main__ import main
 from tests.bench.figures import at_least, at_most, percentile
+from tests.bench.suite import BENCHMARKS
 
 
 def test_a_benchmark_from_the_command_line_to_its_json(

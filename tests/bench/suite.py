@@ -1,0 +1,18 @@
+"""Every benchmark by its name."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.bench import latency, reporting, start, throughput
+from tests.bench.figures import Figure
+
+BENCHMARKS: dict[str, Callable[[Path], dict[str, Figure]]] = {
+    "start": start.start,
+    "idle": start.idle,
+    "throughput": throughput.throughput,
+    "latency": latency.latency,
+    "pause": latency.pause,
+    "reporting": reporting.reporting,
+    "ingest": latency.ingest,
+}
+"""What can be asked for by name; each is given an empty folder."""
