@@ -75,6 +75,11 @@ class Child:
         """What it left with; negative for the signal that ended it. None while it lives."""
         return self._process.exitcode if self.exited.is_set() else None
 
+    @property
+    def is_ending(self) -> bool:
+        """It has ended or was sent a signal: whatever it had to save is saved or lost."""
+        return self.exited.is_set() or self.forced is not None
+
     def start(self) -> Identity:
         """Start the process. Called on the main thread, where a signal to it can be held back.
 
@@ -176,6 +181,15 @@ class Child:
         self.survivors = await sweep(self.identity.pid, self.known, limit)
         self.gone.set()
         self.close()
+
+    def abandon(self) -> None:
+        """Let go of it, alive as it is: the end of file on its orders tells it to save and leave.
+
+        For the time after `run` was cancelled. Nobody waits for it then, not even the exit of this program.
+        """
+        self.close()
+        # All that stand here are joined at the exit of the interpreter, which would last as long as the save.
+        multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Close what the agent holds of it, and reap it."""

@@ -32,6 +32,11 @@ LOG_TAIL = 8192
 TAIL_LINES = 20
 WARM_LIMIT = 60.0
 """Seconds to wait for a warm trainer that is still importing."""
+LEAVE_LIMIT = 120.0
+"""Seconds for a trainer that said its last word to leave: more than it waits for its last events to be committed."""
+WARM_PAUSES = (5.0, 300.0)
+"""Seconds after which another warm trainer is started where the last one failed: the first pause, which doubles, and
+the longest."""
 MAX_COPIED_LOG = 1 << 24
 """Bytes of an older log that are copied for the sake of a warm trainer; beyond, a cold one is quicker."""
 
@@ -105,7 +110,7 @@ class Supervisor:
         nice: int = 0,
         term_grace: float = 5.0,
         kill_limit: float = 30.0,
-        leave_limit: float = 60.0,
+        leave_limit: float = LEAVE_LIMIT,
         gpu_released: Released | None = None,
     ) -> None:
         self._facts = facts
@@ -119,12 +124,20 @@ class Supervisor:
         self._jobs: dict[str, _Worker] = {}
         self._all: list[_Worker] = []
         self._warm: _Worker | None = None
+        self._warm_pause = 0.0
+        self._warm_not_before = 0.0
+        self.kill_on_exit = False
+        """Whether trainers that live when `run` ends are killed, and not left to save by themselves."""
 
     def __repr__(self) -> str:
         return f"Supervisor({ {job: worker.child for job, worker in self._jobs.items()} }, warm={self._warm})"
 
     async def run(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
-        """Tend the children until cancelled, which kills them all without asking."""
+        """Tend the children until cancelled, by an error of the agent too: that costs them a save, never a step.
+
+        They read the end of their orders, finish the step, save, leave what nobody committed beside the
+        checkpoint, and go; the next agent takes over from there.
+        """
         try:
             async with anyio.create_task_group() as tasks:
                 self._tasks = tasks
@@ -133,10 +146,14 @@ class Supervisor:
         finally:
             self._tasks = None
             with anyio.CancelScope(shield=True):
+                ended = [worker.child for worker in self._all if self.kill_on_exit or worker.child.is_ending]
                 for worker in self._all:
-                    worker.child.kill()
-                for worker in self._all:
-                    await worker.child.bury(self._kill_limit)
+                    if worker.child not in ended:
+                        worker.child.abandon()
+                for child in ended:
+                    child.kill()
+                for child in ended:
+                    await child.bury(self._kill_limit)
             self._all.clear()
             self._jobs.clear()
             self._warm = None
@@ -170,15 +187,24 @@ class Supervisor:
             self._running().start_soon(worker.child.end, encoder.encode(Cancel()), grace)
 
     async def keep_warm(self, env: dict[str, str], log: Path) -> None:
-        """Have a trainer stand by with its imports done; one of another environment is replaced."""
+        """Have a trainer stand by with its imports done; one of another environment is replaced.
+
+        Where the last one failed at its imports, nothing happens until its pause is over.
+        """
         if self._warm is not None:
             if _same(self._warm.env, env):
                 return
             self._running().start_soon(self._warm.child.end, None, 0.0)
-        self._warm = self._spawn(env, log)
+            self._warm = None
+        if anyio.current_time() >= self._warm_not_before:
+            self._warm = self._spawn(env, log)
 
     async def kill_all(self) -> None:
-        """SIGKILL every trainer and wait until all trees are gone; each ends in an `Exited` as ever."""
+        """SIGKILL every trainer and wait until all trees are gone; each ends in an `Exited` as ever.
+
+        One that is started after this does not outlive `run` either.
+        """
+        self.kill_on_exit = True
         workers = list(self._all)
         for worker in workers:
             worker.child.kill()
@@ -208,13 +234,17 @@ class Supervisor:
         if worker is None or not _same(worker.env, env) or worker.child.exited.is_set():
             return None
         self._warm = None
-        # A cold one would need as long for its imports; and before them it may not hold its log yet.
-        with anyio.move_on_after(WARM_LIMIT):
-            await worker.warm.wait()
-        if not worker.warm.is_set() or not await anyio.to_thread.run_sync(_adopt_log, worker.log, log):
-            self._running().start_soon(worker.child.end, None, 0.0)
-            return None
-        if worker not in self._all:  # it has ended meanwhile
+        adopted = False
+        try:
+            # A cold one would need as long for its imports; and before them it may not hold its log yet.
+            with anyio.move_on_after(WARM_LIMIT):
+                await worker.warm.wait()
+            adopted = worker.warm.is_set() and await anyio.to_thread.run_sync(_adopt_log, worker.log, log)
+        finally:
+            # Nobody else knows of it, also where this start was cancelled or the log could not be written.
+            if not adopted and self._tasks is not None:
+                self._tasks.start_soon(worker.child.end, None, 0.0)
+        if not adopted or worker not in self._all:  # it has ended meanwhile
             return None
         worker.log = log
         return worker
@@ -229,6 +259,10 @@ class Supervisor:
             await self._blame(worker, sentence)
 
         await worker.child.run(hear, blame)
+        if not worker.warm.is_set() and not worker.job_id and worker.child.forced is None:
+            first, longest = WARM_PAUSES
+            self._warm_pause = min(longest, max(first, 2 * self._warm_pause))
+            self._warm_not_before = anyio.current_time() + self._warm_pause
         worker.warm.set()
         released = not worker.child.survivors
         if released and self._gpu_released is not None:
@@ -266,6 +300,7 @@ class Supervisor:
             # It belongs to no job: the process is there, and that is all.
             if isinstance(event, Warm):
                 worker.warm.set()
+                self._warm_pause = 0.0
             else:
                 await self._end_for(worker, f"The trainer said {type(event).__name__} before its job began.")
             return

@@ -1,9 +1,13 @@
+import gc
 import json
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
 import time
 from itertools import pairwise
+from multiprocessing import resource_tracker
 from pathlib import Path
 from statistics import median
 from typing import IO, Any
@@ -192,17 +196,86 @@ def test_a_warm_trainer_of_another_environment_is_left_alone_or_replaced(tmp_pat
     anyio.run(go)
 
 
-def test_cancelling_the_supervisor_kills_all_children(tmp_path: Path) -> None:
+def descriptors() -> int:
+    gc.collect()  # the queues' ends are closed, and what multiprocessing keeps of a process goes with it
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts descriptors in /proc")
+def test_cancelling_the_supervisor_lets_its_trainers_save_and_leave(tmp_path: Path) -> None:
+    resource_tracker.ensure_running()
+
     async def go() -> list[Any]:
-        async with supervised() as watch:
+        before = descriptors()
+        async with supervised(kill=False) as watch:
             await begin(watch, tmp_path)
             await watch.supervisor.keep_warm(clean_env(), tmp_path / "warm.log")
             await watch.heard(Metrics)
-            return [worker.child.identity for worker in watch.supervisor._all]
+            identities = [worker.child.identity for worker in watch.supervisor._all]
+        assert descriptors() == before
+        assert multiprocessing.active_children() == []
+        return identities
 
     identities = anyio.run(go)
     assert len(identities) == 2
-    assert not any(orphan_alive(one.pid, one.create_time) for one in identities)
+    for one in identities:
+        assert anyio.run(orphan_gone, one.pid, one.create_time, DEADLINE)
+    *_, saved, goodbye = [numbered.event for numbered, _ in read_leftovers(tmp_path / "checkpoints")]
+    assert isinstance(saved, Saved)
+    assert saved.reason == "parent_lost"
+    assert goodbye == Left("parent_lost", saved.step)
+    assert json.loads((Path(saved.path) / "state.json").read_text())["step"] == saved.step
+
+
+def test_nothing_outlives_a_supervisor_that_was_told_to_kill(tmp_path: Path) -> None:
+    async def go() -> Any:
+        async with supervised(kill=False) as watch:
+            await begin(watch, tmp_path)
+            await watch.supervisor.keep_warm(clean_env(), tmp_path / "warm.log")
+            await watch.heard(Metrics)
+            both = [worker.child.identity for worker in watch.supervisor._all]
+            await watch.supervisor.kill_all()
+            assert not any(orphan_alive(one.pid, one.create_time) for one in both)
+            assert (await watch.exited()).signal == signal.SIGKILL
+            await begin(watch, tmp_path, start_order(tmp_path, "step=0.01", attempt=2, max_steps=100_000))
+            return watch.supervisor.alive()["job"]
+
+    late = anyio.run(go)
+    assert not orphan_alive(late.pid, late.create_time)
+
+
+def test_a_warm_trainer_whose_job_is_called_off_is_not_forgotten(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with supervised(term_grace=0.1) as watch:
+            await watch.supervisor.keep_warm(clean_env(), tmp_path / "warm.log")
+            (warm,) = [worker.child.identity for worker in watch.supervisor._all]
+            os.kill(warm.pid, signal.SIGSTOP)  # before its imports are done
+            with anyio.move_on_after(0.1) as called_off:
+                await begin(watch, tmp_path)
+            assert called_off.cancelled_caught
+            assert await orphan_gone(warm.pid, warm.create_time, DEADLINE)
+            await begin(watch, tmp_path, start_order(tmp_path, max_steps=1))
+            await watch.exited()
+
+    anyio.run(go)
+
+
+def test_warm_trainers_that_fail_are_started_ever_more_rarely(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with supervised("agent.trainer.absent") as watch:
+            supervisor = watch.supervisor
+            for pause in (5.0, 10.0, 20.0):
+                supervisor._warm_not_before = 0.0  # the last pause is over
+                await supervisor.keep_warm(clean_env(), tmp_path / "warm.log")
+                assert len(supervisor._all) == 1
+                with anyio.fail_after(DEADLINE):
+                    while supervisor._all:  # noqa: ASYNC110  nobody is told of the end of a warm one
+                        await anyio.sleep(0.01)
+                await supervisor.keep_warm(clean_env(), tmp_path / "warm.log")
+                assert supervisor._all == []
+                assert supervisor._warm_pause == pause
+
+    anyio.run(go)
 
 
 class SmallAgent:
@@ -229,6 +302,19 @@ class SmallAgent:
         assert self.process.stdout is not None
         self.process.stdout.close()
         assert anyio.run(orphan_gone, self.pid, self.create_time, DEADLINE)
+
+
+def test_an_agent_that_breaks_down_leaves_at_once_and_its_trainer_saves(tmp_path: Path) -> None:
+    with SmallAgent(tmp_path, "step=0.01", 100_000) as agent:
+        os.kill(agent.pid, signal.SIGSTOP)  # a save that lasts
+        agent.process.terminate()
+        assert agent.process.wait(timeout=DEADLINE) == 1
+        assert orphan_alive(agent.pid, agent.create_time)
+        os.kill(agent.pid, signal.SIGCONT)
+        assert anyio.run(orphan_gone, agent.pid, agent.create_time, DEADLINE)
+    *_, saved, goodbye = [numbered.event for numbered, _ in read_leftovers(tmp_path / "checkpoints")]
+    assert isinstance(saved, Saved)
+    assert goodbye == Left("parent_lost", saved.step)
 
 
 def test_when_the_agent_is_killed_the_trainer_saves_leaves_its_points_and_goes(tmp_path: Path) -> None:

@@ -128,10 +128,13 @@ class Watch:
 
 
 @contextlib.asynccontextmanager
-async def supervised(module: str = FAKE, *, commit: bool = True, **options: Any) -> AsyncIterator[Watch]:
-    """Run a supervisor whose events are committed as they come; every child is dead at the end."""
+async def supervised(
+    module: str = FAKE, *, commit: bool = True, kill: bool = True, **options: Any
+) -> AsyncIterator[Watch]:
+    """Run a supervisor whose events are committed as they come; with ``kill`` every child is dead at the end."""
     send, receive = anyio.create_memory_object_stream[Fact](64)
     watch = Watch(Supervisor(facts=send, module=module, **options))
+    watch.supervisor.kill_on_exit = kill
 
     async def listen() -> None:
         async for fact in receive:
@@ -250,8 +253,18 @@ def _descriptors() -> list[str]:
 
 
 async def agent(folder: Path, name: str, steps: int) -> None:
-    """Be an agent with one fake job: print its identity, then "training", and leave its points in a file."""
-    async with supervised() as watch:
+    """Be an agent with one fake job: print its identity, then "training", and leave its points in a file.
+
+    SIGTERM makes it break down, as a defect of its own would.
+    """
+
+    async def break_down() -> None:
+        with anyio.open_signal_receiver(signal.SIGTERM) as signals:
+            async for _ in signals:
+                raise RuntimeError("a defect")
+
+    async with supervised(kill=False) as watch, anyio.create_task_group() as tasks:
+        tasks.start_soon(break_down)
         identity = await watch.supervisor.start(
             "job", start_order(folder, name, max_steps=steps), env=clean_env(), log=folder / "job.log"
         )
@@ -262,6 +275,7 @@ async def agent(folder: Path, name: str, steps: int) -> None:
         points = [[point.step, point.time] for point in watch.events(Metrics)]
         text = json.dumps({"sentence": end.sentence, "faults": watch.faults(), "points": points})
         (folder / "agent.json").write_text(text)
+        tasks.cancel_scope.cancel()
 
 
 if __name__ == "__main__":
