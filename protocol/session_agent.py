@@ -206,7 +206,8 @@ class AgentSession(Base):
             (self._unsaid if self.welcome is None else self._out).append(Open(head))
         elif last > stream.last:
             stream.last = last
-            self._ready.add(key)
+            # A read may have brought these records already, when they were committed while it ran.
+            self._mark(key, stream)
 
     def next_read(self) -> tuple[Key, int, int] | None:
         """Return (stream, after which number, bytes at most) to read from the journal and `send`, or None.

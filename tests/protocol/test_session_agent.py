@@ -135,6 +135,14 @@ def test_lanes_go_by_urgency_and_older_streams_before_newer() -> None:
     assert order == [old, CONTROL, METRICS, LOGS]
 
 
+def test_records_that_a_read_brought_before_they_were_announced_are_not_asked_for_again() -> None:
+    session = agent(head(CONTROL, 1, 1), head(METRICS, 1, 1, 2))
+    session.send(CONTROL, 1, bodies(2))
+    session.appended(CONTROL, 2)
+    wish = session.next_read()
+    assert wish is not None and wish[0] == METRICS
+
+
 # The window
 
 
