@@ -25,10 +25,15 @@ from protocol.worker import Limits, Workspace
 Note = Callable[[str, str], None]
 """Takes a level (info or warning) and a sentence for the user."""
 
+Listen = Callable[[], None]
+"""Called now and then; raises what ends the work."""
+
 COUNTED = 1000
 """Rows whose tokens are counted to warn of long ones; all of them would cost as much as tokenising twice."""
 LISTED = 32
 """Bad rows that are looked for before giving up."""
+LISTEN_EVERY = 256
+"""Rows between two looks at what was ordered."""
 SHAPES = 4096
 """Different sequences of roles that are rendered once each, to find the row a template cannot take."""
 
@@ -61,7 +66,14 @@ class _NeedsJson(Exception):
     """A row holds more than roles and contents, which the simple table has no columns for."""
 
 
-def prepare(spec: JobSpec, workspace: Workspace, tokenizer: Any, limits: Limits, note: Note) -> Prepared:
+def prepare(
+    spec: JobSpec,
+    workspace: Workspace,
+    tokenizer: Any,
+    limits: Limits,
+    note: Note,
+    listen: Listen = lambda: None,
+) -> Prepared:
     """Return the job's rows, checked and split.
 
     ``tokenizer`` gets the job's chat template, if it names one. The rows lie in the workspace's
@@ -71,9 +83,8 @@ def prepare(spec: JobSpec, workspace: Workspace, tokenizer: Any, limits: Limits,
     discard(spec, workspace)
     folder = _folder(spec, workspace)
     data = spec.data
-    table = _collect(
-        workspace.data, data.split, data.format, data.max_samples, tokenizer, limits, folder / "train"
-    )
+    read = _Reading(data.split, data.format, tokenizer, limits, listen)
+    table = _collect(read, workspace.data, data.max_samples, folder / "train")
     _tell(table, workspace.data, note)
     train, held_out = table.rows, None
     digests = [table.digest]
@@ -83,9 +94,7 @@ def prepare(spec: JobSpec, workspace: Workspace, tokenizer: Any, limits: Limits,
                 workspace.data,
                 "it is given both to train and to evaluate on. Use eval_fraction to hold rows out.",
             )
-        other = _collect(
-            workspace.eval_data, data.split, data.format, None, tokenizer, limits, folder / "eval"
-        )
+        other = _collect(read, workspace.eval_data, None, folder / "eval")
         _tell(other, workspace.eval_data, note)
         if set(other.rows.column_names) - {"tools"} != set(table.rows.column_names) - {"tools"}:
             raise unreadable(
@@ -132,24 +141,34 @@ def _folder(spec: JobSpec, workspace: Workspace) -> Path:
     return Path(workspace.cache) / f"rows-{spec.job_id}"
 
 
-def _collect(
-    source: str,
-    split: str,
-    wanted: DataFormat,
-    limit: int | None,
-    tokenizer: Any,
-    limits: Limits,
-    folder: Path,
-) -> _Table:
+@dataclass(frozen=True)
+class _Reading:
+    """How rows are read, wherever they lie."""
+
+    split: str
+    wanted: DataFormat
+    tokenizer: Any
+    limits: Limits
+    listen: Listen
+
+    def heard(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """Yield the rows, listening between them."""
+        for number, row in enumerate(rows):
+            if number % LISTEN_EVERY == 0:
+                self.listen()
+            yield row
+
+
+def _collect(read: _Reading, source: str, limit: int | None, folder: Path) -> _Table:
     """Read, check and write down the rows of ``source``."""
     if not source:
         raise TrainerError(FailureReason.DATA, "The job names no data set. Set its data path.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for rich in (False, True):
-            rows = open_rows(source, split, hub=limits.hub, cache=folder)
+            rows = read.heard(open_rows(source, read.split, hub=read.limits.hub, cache=folder))
             try:
-                return _write(source, islice(rows, limit), wanted, tokenizer, folder, rich)
+                return _write(source, islice(rows, limit), read.wanted, read.tokenizer, folder, rich)
             except _NeedsJson:
                 continue
     except OSError as exc:

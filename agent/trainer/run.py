@@ -27,6 +27,10 @@ FLUSH_LIMIT = 60.0
 def train(start: Start, line: Any) -> int:
     """Run a job to its end, or to where it is told to leave; return the exit code. Raises TrainerError."""
     inbox = Inbox(line)
+    if line.parent_gone:
+        # The agent died while this process was on its way here. Its folders may be another's by now.
+        line.say(Left("parent_lost", 0))
+        return 0
     try:
         _Run(start, inbox).go()
     except Leaving as leaving:
@@ -58,6 +62,7 @@ class _Run:
         self.progress = Progress()
 
     def go(self) -> None:
+        self.inbox.listen()
         memory.apply_cap(self.start.limits)
         found = self._find_checkpoint()
         ground = self._load(found)
@@ -120,7 +125,9 @@ class _Run:
                 "tokenizer.add_eos_token: the end of each row is always marked, or it is not learnt.",
             )
         self._say(Phase.CHECK, "Checking every row of the data set.")
-        prepared = data.prepare(spec, start.workspace, tokenizer, start.limits, self._note)
+        prepared = data.prepare(
+            spec, start.workspace, tokenizer, start.limits, self._note, inbox.leave_if_told
+        )
         inbox.leave_if_told()
         self._say(Phase.LOAD, f"Loading the model {Path(where).name}.")
         precision = choose_precision(spec, start.limits, self._note)

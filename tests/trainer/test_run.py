@@ -10,13 +10,28 @@ from typing import Any
 import pytest
 import torch
 
+from agent.runtime.supervisor import LEAVE_LIMIT
+from agent.trainer import run
 from agent.trainer.errors import TrainerError
+from agent.trainer.line import CLOSE_LIMIT
 from agent.trainer.model import old_name_allowed
 from agent.trainer.output import weights_hash
 from protocol.failures import FailureReason
 from protocol.jobspec import LoraSpec, Method, OutputSpec, Quantization, SampleSpec
-from protocol.worker import Cancel, Finished, Metrics, Note, Pause, Phase, Preparing, Ready, Saved, Trained
-from tests.trainer.conftest import Jobs, chat_rows, text_rows
+from protocol.worker import (
+    Cancel,
+    Finished,
+    Left,
+    Metrics,
+    Note,
+    Pause,
+    Phase,
+    Preparing,
+    Ready,
+    Saved,
+    Trained,
+)
+from tests.trainer.conftest import Jobs, RecordingLine, chat_rows, text_rows
 
 Write = Callable[..., Path]
 
@@ -175,6 +190,43 @@ def test_a_method_of_another_agent_is_refused_before_anything_is_read(jobs: Jobs
     reason, sentence = refused(lambda: jobs.run("job", method=Method.DPO, base="/nowhere"))
     assert reason is FailureReason.SPEC
     assert "dpo" in sentence
+
+
+def test_an_orphan_touches_nothing(jobs: Jobs) -> None:
+    unfinished = jobs.checkpoints() / "step-4.tmp"
+    rows = jobs.folder / "job" / "cache" / "rows-job"
+    for folder in (unfinished, rows):
+        folder.mkdir(parents=True)
+    line = RecordingLine({})
+    line.parent_gone = True
+    assert run.train(jobs.start("job"), line) == 0
+    assert line.events == [Left("parent_lost", 0)]
+    assert unfinished.is_dir()
+    assert rows.is_dir()
+
+
+def test_a_cancel_is_obeyed_before_anything_is_looked_at(jobs: Jobs) -> None:
+    line = RecordingLine({})
+    line._waiting = [Cancel()]
+    assert run.train(jobs.start("job", method=Method.DPO), line) == 0
+    assert line.events == [Left("cancelled", 0)]
+
+
+def test_a_cancel_is_obeyed_among_the_rows(jobs: Jobs, jsonl: Write) -> None:
+    class Cancelled(RecordingLine):
+        def say(self, event: Any) -> None:
+            super().say(event)
+            if event == Preparing(Phase.CHECK, "Checking every row of the data set."):
+                self._waiting = [Cancel()]
+
+    bad = jsonl([*chat_rows(1), {"text": None}])
+    line = Cancelled({})
+    assert run.train(jobs.start("job", rows=bad), line) == 0
+    assert line.last == Left("cancelled", 0)
+
+
+def test_the_agent_waits_longer_for_one_that_leaves_than_that_takes() -> None:
+    assert run.FLUSH_LIMIT + CLOSE_LIMIT + 30 < LEAVE_LIMIT
 
 
 def test_the_newest_good_checkpoint_is_taken_and_the_torn_one_named(jobs: Jobs) -> None:
