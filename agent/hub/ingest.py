@@ -225,7 +225,10 @@ def _take(db: Db, job: Job, record: AnyRecord, now: float) -> None:
 
 
 def answered(db: Db, agent_id: str, done: CommandDone, now: float, job: Job | None = None) -> None:
-    """Close a command of this agent; a retry that was refused leaves the job as it was."""
+    """Close a command of this agent; a retry that was not carried out leaves the job as it was.
+
+    Where it was after all and only the answer was lost, the job's own reports say so next.
+    """
     row = db.execute(
         "SELECT job, kind FROM commands WHERE id=? AND agent_id=? AND status=''", (done.command_id, agent_id)
     ).fetchone()
@@ -239,7 +242,7 @@ def answered(db: Db, agent_id: str, done: CommandDone, now: float, job: Job | No
         return
     words = {"refused": "was refused", "expired": "came too late", "unknown": "may not have been carried out"}
     owner.note(done.time, "warning", f"The command {row[1]} {words[done.status]}. {done.detail}".strip())
-    if row[1] == "retry" and done.status == "refused" and owner.before_retry and owner.state == "queued":
+    if row[1] == "retry" and owner.before_retry and owner.state == "queued":
         owner.state = owner.before_retry
         owner.before_retry = None
         owner.error = owner.error or done.detail

@@ -9,23 +9,24 @@ from agent.hub.model import Job
 from agent.hub.points import count, iso
 from agent.hub.store import Db
 from agent.hub.tables import save_job
-from protocol.lifecycle import TERMINAL, JobState
+from protocol.lifecycle import TERMINAL, TRANSITIONS, JobState
+from protocol.rest import STATUS
 
 SETTABLE = ("running", "completed", "failed", "cancelled", "paused")
 
-_LEGAL: dict[str, frozenset[str]] = {
-    "pending": frozenset({"running", "paused", "failed", "cancelled"}),
-    "queued": frozenset({"running", "paused", "failed", "cancelled"}),
-    "running": frozenset({"completed", "failed", "cancelled", "paused"}),
-    "paused": frozenset({"running", "failed", "cancelled"}),
-}
-_STATE = {
-    "running": JobState.RUNNING,
-    "completed": JobState.COMPLETED,
-    "failed": JobState.FAILED,
-    "cancelled": JobState.CANCELLED,
-    "paused": JobState.PAUSED,
-}
+
+def _reachable(job: Job) -> set[str]:
+    """Return the platform's statuses that a job can come to next, by the one table of states.
+
+    One word covers several states there. The way through the queue is passed over, since nobody sets that status.
+    """
+    if job.state in TERMINAL:
+        return set()
+    here = {state for state in JobState if STATUS[state] == STATUS[job.state]}
+    onward = {after for (before, _), after in TRANSITIONS.items() if before in here}
+    if JobState.QUEUED in onward:
+        onward |= {after for (before, _), after in TRANSITIONS.items() if before is JobState.QUEUED}
+    return {STATUS[state] for state in onward}
 
 
 def set_status(db: Db, job: Job, status: Any, error: Any, now: float) -> Job:
@@ -35,14 +36,14 @@ def set_status(db: Db, job: Job, status: Any, error: Any, now: float) -> Job:
     if error is not None and not isinstance(error, str):
         raise Refusal(400, "error: expected a string.")
     if status != job.status:
-        if status not in _LEGAL.get(job.status, frozenset()):
+        if status not in _reachable(job):
             if job.state in TERMINAL:
                 raise Refusal(
                     409, f"The job is {job.status}; that is its end, and it cannot become {status}."
                 )
             raise Refusal(409, f"The job is {job.status}; it cannot become {status} from there.")
         job.taken = True
-        job.state = _STATE[status]
+        job.state = JobState(status)
         if status == "running" and job.started_at is None:
             job.started_at = now
         if job.state in TERMINAL:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from typing import Literal
 
 import anyio
 import httpx
@@ -284,6 +285,39 @@ def test_a_failed_job_says_why_and_can_be_retried(hub: HubProcess, client: httpx
         async with agent.connected():
             await agent.until_wanted(job_id)
         assert agent.commands == []
+
+    anyio.run(main)
+
+
+@pytest.mark.parametrize("answer", ["refused", "expired", "unknown"])
+def test_a_retry_that_is_not_carried_out_leaves_the_job_failed(
+    answer: Literal["refused", "expired", "unknown"], hub: HubProcess, client: httpx.Client
+) -> None:
+    async def main() -> None:
+        job_id, _ = submit(client)
+        agent = an_agent(hub)
+        async with agent.connected():
+            await agent.until_wanted(job_id)
+            report(agent, job_id, range(1, 3))
+            agent.add(
+                JobStatus(time.time(), 1, "failed", failure=failure(FailureReason.DATA, "Bad.")), job_id
+            )
+            await agent.until_acked()
+            control(client, job_id, "retry")
+            await agent.until(lambda: bool(agent.commands))
+            assert status_of(client, job_id)["state"] == "queued"
+            agent.add(CommandDone(time.time(), agent.commands[0].command_id, answer, "It came to nothing."))
+            await agent.until_acked()
+            left = status_of(client, job_id)
+            assert (left["state"], left["error"]) == ("failed", "It came to nothing.")
+            assert left["notes"][-1]["text"].startswith("The command retry ")
+            # An answer may have been lost where the command was not: the reports tell.
+            agent.add(JobStatus(time.time(), 2, "queued"), job_id)
+            await agent.until_acked()
+            assert (status_of(client, job_id)["state"], status_of(client, job_id)["error"]) == (
+                "queued",
+                None,
+            )
 
     anyio.run(main)
 

@@ -161,6 +161,33 @@ def test_records_as_on_the_socket_can_come_by_rest(client: httpx.Client) -> None
     assert client.put(path, content=b"\xc1", headers=kind).status_code == 400
 
 
+@pytest.mark.parametrize(
+    ("status", "following"),
+    [
+        ("pending", {"running", "paused", "failed", "cancelled"}),
+        ("running", {"completed", "failed", "cancelled", "paused"}),
+        ("paused", {"running", "failed", "cancelled"}),
+        ("completed", set()),
+        ("failed", set()),
+        ("cancelled", set()),
+    ],
+)
+def test_each_status_has_those_that_can_follow(
+    status: str, following: set[str], client: httpx.Client
+) -> None:
+    taken = set()
+    for wanted in {"running", "completed", "failed", "cancelled", "paused"} - {status}:
+        job_id, token = submit(client)
+        for one in {"pending": [], "completed": ["running", "completed"]}.get(status, [status]):
+            path = job_path(job_id, "status")
+            assert client.patch(path, json={"status": one}, headers=bearer(token)).status_code == 200
+        answer = client.patch(job_path(job_id, "status"), json={"status": wanted}, headers=bearer(token))
+        assert answer.status_code in (200, 409)
+        if answer.status_code == 200:
+            taken.add(wanted)
+    assert taken == following
+
+
 def test_only_legal_transitions_are_taken(client: httpx.Client) -> None:
     job_id, token = submit(client)
 
