@@ -132,6 +132,13 @@ def test_plain_http_reaches_this_machine(url: str) -> None:
     assert load({**HOME, "BACKEND_URL": url}).backend_url in (url.rstrip("/"), "")
 
 
+def test_plain_http_goes_further_only_where_the_owner_says_so() -> None:
+    url = "http://lab-box.example:3000"
+    assert load({**HOME, "BACKEND_URL": url, "ALLOW_PLAIN_HTTP": "true"}).backend_url == url
+    with pytest.raises(BadSetting, match="unencrypted"):
+        load({**HOME, "BACKEND_URL": url, "ALLOW_PLAIN_HTTP": "false"})
+
+
 def test_an_open_local_api_is_refused_beyond_loopback() -> None:
     with pytest.raises(BadSetting, match="LOCAL_API_OPEN: true is refused"):
         load({**HOME, "HOST": "192.168.1.4", "LOCAL_API_OPEN": "true"})
