@@ -6,12 +6,17 @@ as long as the whole way to the first dial, and a sixth of the memory of an idle
 
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from agent.config import Settings, dialable, load_for_program
 from agent.errors import AgentError, Exit
 
 EARLY = 130
 """Exit code of a command that a signal ended before its time."""
+
+
+if TYPE_CHECKING:
+    from agent.runtime.redact import Redactor
 
 
 def warn(sentence: str) -> None:
@@ -38,21 +43,22 @@ def guarded(program: Callable[[], int | None], *, debug: bool) -> int:
         return Exit.INTERNAL
 
 
-def log_to(settings: Settings, *, to_stderr: bool = True) -> None:
-    """Set up the agent's log in its home."""
+def log_to(settings: Settings, *, to_stderr: bool = True) -> "Redactor":
+    """Set up the agent's log in its home; return what hides secrets in it, to learn of later ones."""
     from agent import logs
     from agent.runtime.redact import Redactor
 
     settings.agent_home.mkdir(mode=0o700, parents=True, exist_ok=True)
     secrets = [settings.api_key] if settings.api_key is not None else []
-    hidden = [secret.reveal() for secret in (*secrets, *settings.trainer_environment.values())]
+    redactor = Redactor([secret.reveal() for secret in (*secrets, *settings.trainer_environment.values())])
     logs.set_up(
         settings.log_level,
         settings.agent_home / "agent.log",
         as_json=settings.log_json,
-        redact=Redactor(hidden).redact,
+        redact=redactor.redact,
         to_stderr=to_stderr,
     )
+    return redactor
 
 
 def run(settings: Settings) -> int:
@@ -62,9 +68,9 @@ def run(settings: Settings) -> int:
     from agent.app import run_agent
 
     dialable(settings)
-    log_to(settings)
+    redactor = log_to(settings)
     try:
-        return anyio.run(run_agent, settings)
+        return anyio.run(lambda: run_agent(settings, redactor=redactor))
     except* AgentError as group:
         raise leaf(group) from None
 

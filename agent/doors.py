@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import msgspec
 
 from agent.core import agenda
@@ -21,8 +23,8 @@ from protocol.messages import CommandKind
 from protocol.worker import Metrics, Parameters
 
 _metrics: msgspec.msgpack.Decoder[Metrics] = msgspec.msgpack.Decoder(Metrics)
-MAX_CONTENT = 512 << 20
-"""Characters of a data set given in a request."""
+SUBMITTED = ".submitted"
+"""Folder in DATASETS_DIR for data sets that came with their job."""
 
 
 class Doors:
@@ -66,7 +68,7 @@ class Doors:
         if job_id in self._desk.jobs:
             return job_id
         if dataset_content is not None:
-            dataset_path = self._keep_content(job_id, dataset_content)
+            dataset_path = f"{SUBMITTED}/{job_id}.jsonl"
         try:
             text = json.dumps(config, allow_nan=False)
             job = new_job(
@@ -79,16 +81,18 @@ class Doors:
             )
         except (BadSpec, ValueError, TypeError) as error:
             raise BadJob(str(error)) from None
+        if dataset_content is not None:
+            await anyio.to_thread.run_sync(self._keep_content, dataset_path, dataset_content)
         await self._desk.add(msgspec.structs.replace(job, by=by, want_by=by))
         return job_id
 
-    def _keep_content(self, job_id: str, content: str) -> str:
-        if len(content) > MAX_CONTENT:
-            raise BadJob(f"dataset_content: {len(content)} characters; at most {MAX_CONTENT} are taken.")
-        self._datasets.mkdir(parents=True, exist_ok=True)
-        name = f"{job_id}.jsonl"
-        (self._datasets / name).write_text(content, encoding="utf-8")
-        return name
+    def _keep_content(self, place: str, content: str) -> None:
+        """Store a data set that came with its job, in a folder of its own: never over one of the owner's."""
+        path = self._datasets / place
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        part = path.with_suffix(".part")
+        part.write_text(content, encoding="utf-8")
+        part.replace(path)
 
     def job(self, job_id: str) -> JobView:
         """Return the job as it is shown; raises UnknownJob."""

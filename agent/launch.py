@@ -3,7 +3,7 @@
 import itertools
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import anyio
@@ -14,26 +14,41 @@ from loguru import logger
 from agent.config import Settings
 from agent.core.control import parsed
 from agent.core.effects import Effect
-from agent.core.job import Job, report
+from agent.core.job import CANCEL_GRACE, Job, report
 from agent.core.ports import CheckpointView
-from agent.desk import JobDesk, LaunchFailed
+from agent.desk import JobDesk
 from agent.net.download import DownloadFailed, fetch_dataset
 from agent.runtime import workspace as places
 from agent.runtime.environment import child_env
 from agent.runtime.leftovers import BadLeftovers, forget_leftovers, read_leftovers
 from agent.runtime.redact import Redactor
 from agent.runtime.supervisor import Heard
-from agent.runtime.tree import orphan_alive, orphan_gone
+from agent.runtime.tree import Identity, orphan_alive, orphan_gone, sweep
 from protocol.failures import FailureReason
 from protocol.jobspec import BadSpec, JobSpec
 from protocol.lifecycle import JobState, Want
 from protocol.trainingconfig import job_spec
-from protocol.worker import Limits, Pause, Phase, SetParameters, Start, Stop, Workspace
+from protocol.worker import Cancel, Limits, Pause, Phase, SetParameters, Start, Stop, Workspace
 
 WARM_EVERY = 2.0
 """Seconds between looks whether a trainer stands by."""
 ORPHAN_WITHIN = 600.0
-"""Seconds that a trainer of an earlier agent is given to save before it is left to itself."""
+"""Seconds that a trainer of an earlier agent is given to save before it is killed."""
+SWEEP_WITHIN = 30.0
+FETCHED = ".fetched"
+"""Folder in DATASETS_DIR for data sets that the backend served."""
+
+
+class LaunchFailed(Exception):
+    """A job cannot be started; the sentence is for the user."""
+
+    def __init__(self, reason: FailureReason, sentence: str) -> None:
+        super().__init__(reason, sentence)
+        self.reason = reason
+        self.sentence = sentence
+
+    def __str__(self) -> str:
+        return self.sentence
 
 
 class Launching:
@@ -54,12 +69,44 @@ class Launching:
         self._base_env = base_env
         self._redactor = redactor
         self._user_agent = user_agent
+        self._preparing: dict[str, anyio.CancelScope] = {}
+        self.bury: Callable[[str, str], Awaitable[None]]
+        """Takes in what the trainer of an earlier agent left; see `agent.hearing`."""
 
-    async def launch(self, job: Job) -> None:
-        """Start the job's process. Raises LaunchFailed."""
-        settings = self._settings
+    async def run(self, job: Job) -> None:
+        """Start the job's process, or tell the desk why not."""
+        try:
+            order: Start | None = None
+            with anyio.CancelScope() as scope:
+                self._preparing[job.job_id] = scope
+                try:
+                    order = await self._prepare(job)
+                finally:
+                    # From here on it can no longer be called off: there will be a process to ask.
+                    del self._preparing[job.job_id]
+            if order is None:
+                await self._desk.not_started(job.job_id, None, "")
+                return
+            await self._start(job.job_id, order)
+        except LaunchFailed as error:
+            await self._desk.not_started(job.job_id, error.reason, self._redactor.redact(str(error)))
+        except Exception as error:  # noqa: BLE001  # the edge where an effect fails: this job's end, not the agent's
+            logger.exception("job {} could not be started", job.job_id)
+            sentence = f"The trainer cannot be started ({type(error).__name__}: {error})."
+            await self._desk.not_started(job.job_id, FailureReason.INTERNAL, self._redactor.redact(sentence))
+
+    def call_off(self, job_id: str) -> bool:
+        """Stop a start that has no process yet; False where there is none."""
+        scope = self._preparing.get(job_id)
+        if scope is not None:
+            scope.cancel()
+        return scope is not None
+
+    async def _prepare(self, job: Job) -> Start:
+        """Fetch, resolve and check all that a process will need."""
         try:
             spec = job_spec(job.job_id, parsed(job.config), job.dataset_path, job.name)
+            limits = self._limits(spec)
             data = await self._data(job, spec)
             space = await anyio.to_thread.run_sync(self._workspace, spec, data)
             start_at = await anyio.to_thread.run_sync(self._resume_from, job)
@@ -74,41 +121,40 @@ class Launching:
                 FailureReason.DISK_FULL, f"The job's folders cannot be made: {error}."
             ) from None
         job = self._desk.job(job.job_id)
-        order = Start(
-            spec,
-            job.attempt,
-            space,
-            self._limits(spec),
-            start_at,
-            first_event=1,
-            stop_at_once=job.want is Want.STOP,
-            parameters=job.parameters,
-        )
-        log = settings.logs_dir / f"{job.job_id}.log"
+        stop = job.want is Want.STOP
+        return Start(spec, job.attempt, space, limits, start_at, stop_at_once=stop, parameters=job.parameters)
+
+    async def _start(self, job_id: str, order: Start) -> None:
+        log = self._settings.logs_dir / f"{job_id}.log"
+        env = self._env(self._desk.job(job_id).device)
         try:
-            identity = await self._desk.supervisor.start(
-                job.job_id, order, env=self._env(job.device), log=log
-            )
+            identity = await self._desk.supervisor.start(job_id, order, env=env, log=log)
         except OSError as error:
             raise LaunchFailed(FailureReason.INTERNAL, f"The trainer cannot be started: {error}.") from None
-        await self._desk.change(
-            job.job_id,
-            lambda now: (
-                msgspec.structs.replace(now, worker_pid=identity.pid, worker_created=identity.create_time),
-                [],
-            ),
-        )
-        self._catch_up(job)
+        self._catch_up(job_id, order)
 
-    def _catch_up(self, before: Job) -> None:
-        """Tell the worker what was wanted while it was being started."""
-        job = self._desk.job(before.job_id)
-        if job.parameters != before.parameters:
-            self._desk.supervisor.ask(job.job_id, SetParameters(job.parameters))
+        def remember(job: Job) -> tuple[Job, list[Effect]]:
+            if job.attempt != order.attempt:
+                return job, []
+            return msgspec.structs.replace(
+                job, worker_pid=identity.pid, worker_created=identity.create_time
+            ), []
+
+        await self._desk.insist(lambda: self._desk.change(job_id, remember))
+
+    def _catch_up(self, job_id: str, order: Start) -> None:
+        """Tell the worker what was wanted while it was being started, and had nobody to be told."""
+        job = self._desk.job(job_id)
+        ask = self._desk.supervisor.ask
+        if job.parameters != order.parameters:
+            ask(job_id, SetParameters(job.parameters))
         if job.state is JobState.PAUSING:
-            self._desk.supervisor.ask(job.job_id, Pause())
-        elif job.want is Want.STOP and before.want is not Want.STOP:
-            self._desk.supervisor.ask(job.job_id, Stop())
+            ask(job_id, Pause())
+        elif job.state is JobState.CANCELLING:
+            ask(job_id, Cancel())
+            self._desk.end_soon(job_id, CANCEL_GRACE)
+        elif job.want is Want.STOP and not order.stop_at_once:
+            ask(job_id, Stop())
 
     async def _data(self, job: Job, spec: JobSpec) -> str:
         """Return where the job's data lie: fetched from the backend, local, or a Hub name."""
@@ -122,13 +168,18 @@ class Launching:
             lambda now: _in_phase(now, Phase.DOWNLOAD, f"fetching {job.dataset_size} bytes of data"),
         )
         token = await self._desk.ledger.journal.read(lambda rows: rows.get_secret(job.job_id, "job_token"))
+        if not token:
+            raise LaunchFailed(
+                FailureReason.DATA,
+                "The backend holds the data set of this job but gave no token to fetch it with; submit the job again.",
+            )
         path = await fetch_dataset(
             settings.backend_url,
             job.job_id,
-            token or "",
+            token,
             sha256=job.dataset_sha256,
             size=job.dataset_size,
-            folder=settings.datasets_dir / ".fetched",
+            folder=settings.datasets_dir / FETCHED,
             user_agent=self._user_agent,
         )
         return str(path)
@@ -182,6 +233,7 @@ class Launching:
             gpu_memory_fraction=settings.gpu_memory_fraction,
             mixed_precision=settings.enable_mixed_precision,
             remote_code=spec.model.name in settings.allow_remote_code,
+            tokenizer_code=spec.tokenizer.name in settings.allow_remote_code,
             logging_steps=settings.metrics_report_interval_steps,
             save_steps=settings.checkpoint_interval_steps,
             hub=settings.allow_hub,
@@ -227,6 +279,14 @@ class Launching:
         found = await anyio.to_thread.run_sync(places.checkpoints_of, folder)
         return [msgspec.convert(one, CheckpointView) for one in found]
 
+    def prune(self) -> None:
+        """Delete fetched data sets that no job can still need."""
+        jobs = self._desk.jobs.values()
+        needed = {job.dataset_sha256 for job in jobs if job.state is not JobState.COMPLETED}
+        for path in (self._settings.datasets_dir / FETCHED).glob("*.data"):
+            if path.stem not in needed:
+                path.unlink(missing_ok=True)
+
     # After a restart
 
     async def take_over(self, job_id: str) -> None:
@@ -235,10 +295,9 @@ class Launching:
         if job.worker_pid and orphan_alive(job.worker_pid, job.worker_created):
             logger.info("job {}: its trainer ({}) is still saving; waiting for it", job_id, job.worker_pid)
             if not await orphan_gone(job.worker_pid, job.worker_created, ORPHAN_WITHIN):
-                logger.error(
-                    "job {}: its trainer {} of an earlier start does not end", job_id, job.worker_pid
-                )
-        await self._desk.bury(job_id, "The agent was restarted.")
+                logger.error("job {}: its trainer {} does not end by itself", job_id, job.worker_pid)
+                await sweep(job.worker_pid, [Identity(job.worker_pid, job.worker_created)], SWEEP_WITHIN)
+        await self.bury(job_id, "The agent was restarted.")
 
     async def left_behind(self, job_id: str) -> list[Heard]:
         """Return what the job's trainer wrote to disk because nobody committed it."""

@@ -13,11 +13,16 @@ from agent.core.job import Job
 from agent.core.outbox import admit
 from agent.runtime.journal import Journal, Tx
 from protocol.messages import Lane
-from protocol.records import AnyRecord, Point
+from protocol.records import AnyRecord, LogChunk, Notice, Point
 from protocol.session import Key
 
 OVER_QUOTA_EVERY = 10.0
 """Seconds between the points of a job that are still kept once the outbox is over its quota."""
+
+OVER_QUOTA = (
+    "The backend has not taken the records of this job for so long that their disk quota (OUTBOX_MAX_MB) is used up: "
+    "from here on only some points of the curve are kept, and log lines stay on the machine."
+)
 
 job_encoder = msgspec.msgpack.Encoder()
 job_decoder: msgspec.msgpack.Decoder[Job] = msgspec.msgpack.Decoder(Job)
@@ -33,6 +38,10 @@ class Batch:
     """The newest event of each (job, attempt)."""
     points: list[tuple[str, int, int, bytes]] = field(default_factory=list)
     effects: list[Effect] = field(default_factory=list)
+    held: dict[str, str] = field(default_factory=dict)
+    """Devices given to jobs by this batch."""
+    freed: set[str] = field(default_factory=set)
+    """Jobs whose process is gone."""
 
 
 class Ledger:
@@ -51,6 +60,9 @@ class Ledger:
         self._outbox_bytes = outbox_bytes
         self._clock = clock
         self._kept_at: dict[str, float] = {}
+        self._dropped: dict[str, int] = {}
+        """Log lines of each job that were left out since the last that was kept."""
+        self._told: set[str] = set()
 
     async def load(self, epoch: int) -> list[Job]:
         """Begin this boot's streams and return the jobs of the journal."""
@@ -69,15 +81,28 @@ class Ledger:
             self.drained.set()
 
     def append(self, batch: Batch, scope: str, lane: int, record: AnyRecord) -> None:
-        """Add a record to a batch. Over the quota log lines are left out, and points are thinned."""
+        """Add a record to a batch. Over the quota log lines are counted in place of kept, and points thinned."""
         if lane != Lane.CONTROL and self._over_quota():
-            if not isinstance(record, Point):
+            if not self._keep(batch, scope, record):
                 return
-            now = self._clock()
-            if now - self._kept_at.get(scope, 0.0) < OVER_QUOTA_EVERY:
-                return
-            self._kept_at[scope] = now
+        else:
+            self._told.discard(scope)
+            if isinstance(record, LogChunk) and (dropped := self._dropped.pop(scope, 0)):
+                record = msgspec.structs.replace(record, dropped=record.dropped + dropped)
         batch.appends.append((scope, int(lane), admit(record)))
+
+    def _keep(self, batch: Batch, scope: str, record: AnyRecord) -> bool:
+        """Tell whether a record is kept although the outbox is full; say once that not all are."""
+        now = self._clock()
+        if scope and scope not in self._told:
+            self._told.add(scope)
+            batch.appends.append((scope, int(Lane.CONTROL), admit(Notice(now, "warning", OVER_QUOTA))))
+        if isinstance(record, LogChunk):
+            self._dropped[scope] = self._dropped.get(scope, 0) + record.dropped + len(record.lines)
+        if not isinstance(record, Point) or now - self._kept_at.get(scope, 0.0) < OVER_QUOTA_EVERY:
+            return False
+        self._kept_at[scope] = now
+        return True
 
     def _over_quota(self) -> bool:
         return sum(size for _, size in self.backlog.values()) > self._outbox_bytes

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
+import anyio
 from loguru import logger
 
 from agent.core.control import desire, offered, order_for, retried
@@ -156,7 +157,8 @@ class JournalUplink:
         """Take the token again for a job whose token was scrubbed at its end and that is to go on."""
         token = message.offer.job_token if message.offer else ""
         job = self._desk.job(message.job_id)
-        if token and job.state not in TERMINAL:
+        if token and (job.state not in TERMINAL or message.want == "run"):
+            # Also for one that has ended: a retry follows, and it may have to fetch its data.
             self._keep_secret(token)
             await self._desk.ledger.journal.write(lambda tx: tx.put_secret(job.job_id, "job_token", token))
 
@@ -181,6 +183,11 @@ class JournalUplink:
         await self._desk.add(job)
 
     async def commanded(self, message: Command) -> None:
+        # Begun is done, or nobody could tell whether it was: a connection that breaks must not fall between.
+        with anyio.CancelScope(shield=True):
+            await self._command(message)
+
+    async def _command(self, message: Command) -> None:
         known = await self._desk.ledger.journal.write(lambda tx: tx.command_begin(message.command_id))
         if known is not None:
             # Begun before: the answer was lost, or a crash fell between and nobody knows.

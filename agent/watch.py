@@ -12,8 +12,9 @@ from agent.core.job import Job
 from agent.core.outbox import chunks
 from agent.core.ports import LogPage
 from agent.desk import JobDesk
+from agent.errors import NotPossible
 from agent.runtime import devices
-from agent.runtime.journal import Tx
+from agent.runtime.journal import JournalFull, Tx
 from agent.runtime.logs import Chunk, LogTail, read_lines
 from agent.runtime.redact import Redactor
 from protocol.fields import Values
@@ -55,13 +56,16 @@ class Watch:
                     logger.warning("{}", self.inventory.gpu_problem)
             return self.inventory
 
-    def devices(self) -> list[str]:
-        """Return the devices that jobs may use: numbers or UUIDs of GPUs, or "cpu" where there is none."""
+    def devices(self, visible: str | None) -> list[str]:
+        """Return the devices that jobs may use: numbers or UUIDs of GPUs, or "cpu" where there is none.
+
+        ``visible`` is the owner's CUDA_VISIBLE_DEVICES, which counts where DEVICES is not set.
+        """
         chosen = list(self._settings.devices)
-        if chosen:
-            return chosen
+        if not chosen and visible is not None:
+            chosen = [one.strip() for one in visible.split(",") if one.strip()] or ["cpu"]
         gpus = self.inventory.gpus if self.inventory else []
-        return [str(gpu.index) for gpu in gpus] or ["cpu"]
+        return chosen or [str(gpu.index) for gpu in gpus] or ["cpu"]
 
     async def machine(self) -> Machine:
         """Return what HELLO tells of the machine; the owner may keep its name back."""
@@ -100,10 +104,14 @@ class Watch:
         sampler = devices.Sampler(self._paths)
         while True:
             await anyio.sleep(self._settings.gpu_monitoring_interval_seconds)
-            self.figures = await anyio.to_thread.run_sync(sampler.sample)
-            if self._settings.backend_url:
-                values: Values = {**self.figures}
-                await self._desk.append("", Lane.METRICS, [Figures(time.time(), values)])
+            try:
+                self.figures = await anyio.to_thread.run_sync(sampler.sample)
+                if self._settings.backend_url:
+                    values: Values = {**self.figures}
+                    await self._desk.append("", Lane.METRICS, [Figures(time.time(), values)])
+            except (OSError, JournalFull) as error:
+                # A disk that was unplugged, or a full one: figures are the least of it.
+                logger.warning("no figures of the machine this time: {}", error)
 
     # Logs
 
@@ -117,7 +125,15 @@ class Watch:
         while True:
             for job_id in list(self._printing):
                 ended = job_id not in self._desk.held
-                await self._send_new(job_id, ended=ended)
+                try:
+                    await self._send_new(job_id, ended=ended)
+                except (OSError, JournalFull) as error:
+                    # Read again from where the journal says it was sent up to.
+                    logger.warning("the log of job {} cannot be sent now: {}", job_id, error)
+                    self._tails.pop(job_id, None)
+                    if not isinstance(error, JournalFull):
+                        self._printing.discard(job_id)
+                    continue
                 if ended and job_id not in self._desk.held:
                     self._printing.discard(job_id)
             await anyio.sleep(LOG_EVERY)
@@ -148,8 +164,10 @@ class Watch:
         await self._desk.append(job.job_id, Lane.LOGS, chunks(whole), also=keep_place)
 
     async def send_log_from(self, job_id: str, offset: int) -> None:
-        """Send the job's log again from byte ``offset`` on."""
+        """Send the job's log again from byte ``offset`` on. Raises NotPossible where the owner keeps logs."""
         self._desk.job(job_id)
+        if not self._settings.share_logs:
+            raise NotPossible("The owner of the machine keeps the logs of jobs there (SHARE_LOGS).")
         self._tails[job_id] = LogTail(self._path(job_id), self._redactor.redact, offset=offset)
         await self._send_new(job_id)
 

@@ -139,6 +139,8 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
     job_token: Name = ""
     dataset: DatasetRef | None = None
     name: Name = ""
+    attempt: Count = 0
+    """The newest attempt the backend has heard of: an agent that lost its journal goes on from there."""
 
 
 # Frames. Tags 7 and 9 stay unused.

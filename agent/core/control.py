@@ -33,6 +33,7 @@ def offered(desired: Desired, *, order: int, now: float) -> Job:
     return msgspec.structs.replace(
         job,
         from_backend=True,
+        attempt=offer.attempt,
         dataset_sha256=offer.dataset.sha256 if offer.dataset else "",
         dataset_size=offer.dataset.size if offer.dataset else 0,
     )

@@ -186,4 +186,4 @@ def gone(
         return react(job, Trigger.FAULT, now=now, by="agent", failure=failure)
     if left == "paused" and job.state is JobState.PAUSING:
         return react(job, Trigger.RELEASED, now=now, detail=job.detail)
-    return lost(job, now=now, why=why, counts=left not in ("parent_lost", "paused"))
+    return lost(job, now=now, why=why, counts=left not in ("parent_lost", "paused", "cancelled"))

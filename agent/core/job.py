@@ -23,6 +23,8 @@ LOSSES_ALLOWED = 3
 CANCEL_GRACE = 5.0
 """Seconds a worker has to leave by itself after a cancel; it has nothing to save."""
 FAULT_GRACE = 10.0
+PREPARING_GRACE = 10.0
+"""Seconds a worker that has not stepped yet has to leave by itself when it is paused."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -144,6 +146,9 @@ def step(
             effects.append(StartWorker(job.job_id))
         case JobState.PAUSING:
             effects.append(Ask(job.job_id, Pause()))
+            if job.state is JobState.PREPARING:
+                # Nothing is done yet that would have to be saved, and a download would be waited for.
+                effects.append(EndWorker(job.job_id, PREPARING_GRACE))
         case JobState.CANCELLING:
             effects += [Ask(job.job_id, Cancel()), EndWorker(job.job_id, CANCEL_GRACE)]
         case JobState.QUEUED:

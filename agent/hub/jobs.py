@@ -201,7 +201,7 @@ def update_parameters(db: Db, job_id: str, body: Mapping[str, Any], now: float) 
 
 def desired(job: Job) -> Desired:
     """Return what is wanted of a job, as it is told to its agent."""
-    offer = Offer(job.config, job.dataset_path, job.token, job.dataset, job.name[:MOST_NAME])
+    offer = Offer(job.config, job.dataset_path, job.token, job.dataset, job.name[:MOST_NAME], job.attempt)
     return Desired(job.id, job.version, job.want.value, offer, job.parameters, job.checkpoint, job.reason)
 
 

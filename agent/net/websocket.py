@@ -80,6 +80,7 @@ class Link:
         self._session: AgentSession | None = None
         self._retry_after = 0.0
         self.dials = 0
+        self._was_ours = False
 
     def __repr__(self) -> str:
         return f"<Link {self.url} {self._session!r}, {self.dials} dials>"
@@ -109,14 +110,16 @@ class Link:
             except Exception as error:  # noqa: BLE001
                 # The connection's edge: every failure of a dial or a session ends here, and is judged once.
                 refused = refusal(error, self.url)
-                if refused is not None:
+                gone = isinstance(refused, NotOurBackend) and self._was_ours
+                if refused is not None and not gone:
                     self._on_state("refused", str(refused))
                     raise refused from None
-                if not can_retry(error):
+                if refused is None and not can_retry(error):
                     # A defect of ours must not cut a running job off from its backend for good.
                     logger.exception("the link broke in a way that no network explains")
                 why = str(error) or type(error).__name__
-                least = TLS_RETRY if certificate_fault(error) else retry_after(error)
+                # It was ours a while ago: a redeploy or a proxy answers in its place, and that passes.
+                least = TLS_RETRY if certificate_fault(error) or gone else retry_after(error)
                 if certificate_fault(error):
                     logger.error("the certificate of {} does not verify: {}", self.url, why)
             if self._clock() - began >= HEALTHY:
@@ -221,6 +224,7 @@ class Link:
             for news in session.receive(message, self._clock()):
                 match news:
                     case Welcomed():
+                        self._was_ours = True
                         logger.info("connected to {} as session {}", self.url, news.session_id)
                         self._on_state("connected", self.url)
                         self._welcomed.set()

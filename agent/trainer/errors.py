@@ -20,5 +20,7 @@ class TrainerError(Exception):
 
     def failure(self) -> Failure:
         """Return what is told to the agent."""
-        evidence = Evidence(rows=self.rows[:32], step=self.step) if self.rows or self.step is not None else None
+        evidence = (
+            Evidence(rows=self.rows[:32], step=self.step) if self.rows or self.step is not None else None
+        )
         return failure(self.reason, self.sentence, evidence)

@@ -1,5 +1,6 @@
 """Each setting is obeyed: the agent is started with it, and what it then does is looked at."""
 
+import json
 import re
 import signal
 import time
@@ -112,6 +113,14 @@ def test_identity_logs_and_host_name_are_the_owners_to_give(tmp_path: Path) -> N
         hub.stop()
 
 
+def test_the_log_is_one_json_object_a_line_where_the_owner_wants_that(tmp_path: Path) -> None:
+    with together(tmp_path, LOG_JSON="true") as (hub, agent):
+        hub.wait_state(hub.submit(fake_config(steps=2)), "completed")
+        assert agent.stop() == 0
+    said = [json.loads(line) for line in (agent.home / "agent.log").read_text().splitlines()]
+    assert any("connected to" in line["message"] for line in said)
+
+
 def test_heartbeats_go_at_the_interval_that_is_set(tmp_path: Path) -> None:
     with together(tmp_path, HEARTBEAT_INTERVAL_SECONDS="0.3", GPU_MONITORING_INTERVAL_SECONDS="60") as (
         hub,
@@ -185,6 +194,7 @@ def test_records_beyond_the_quota_thin_out_and_states_all_arrive(tmp_path: Path)
         hub.start()
         done = hub.wait_state(job, "completed")
         assert done["current_step"] == 300_000
+        assert "OUTBOX_MAX_MB" in str(hub.status(job)["notes"])
         (kept,) = re.findall(r'backlog_records\{lane="metrics"\} ([0-9.]+)', figures)
         assert 10 < float(kept) < 200_000
         assert journal < 200 << 20

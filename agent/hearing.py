@@ -1,0 +1,166 @@
+"""What trainers say and how they end, on its way to the desk."""
+
+import time
+from collections.abc import Callable, Iterable
+
+import anyio
+import anyio.abc
+import msgspec
+from loguru import logger
+
+from agent.core.effects import Effect, Report
+from agent.core.intake import gone, hear
+from agent.core.job import Job, react
+from agent.core.outbox import Points
+from agent.desk import JobDesk
+from agent.ledger import Batch
+from agent.runtime.journal import JournalFull
+from agent.runtime.redact import Redactor
+from agent.runtime.supervisor import Exited, Fact, Heard, Misbehaved
+from protocol.failures import FailureReason, failure
+from protocol.lifecycle import IllegalTransition, Trigger
+from protocol.messages import Lane
+from protocol.records import Notice, Point
+from protocol.worker import AnyEvent, Failed, Left, Metrics, ParametersSet, Trained, Warm
+
+AT_ONCE = 2000
+"""Facts in one transaction at most."""
+NOT_PROVED = "Its process is gone, but that its memory has left the device could not be seen."
+
+
+def cleaned(event: AnyEvent, redactor: Redactor, share_logs: bool) -> AnyEvent:
+    """Return an event as it may be stored and sent: without secrets, and without what the owner keeps."""
+    match event:
+        case Metrics() | Warm() | Left() | Trained() | ParametersSet():
+            return event
+        case Failed(failure=why) if why.evidence is not None and not share_logs:
+            evidence = msgspec.structs.replace(why.evidence, traceback="", log_tail=[])
+            event = Failed(msgspec.structs.replace(why, evidence=evidence))
+        case _:
+            pass
+    return msgspec.convert(redactor.redact_value(msgspec.to_builtins(event)), type(event))
+
+
+class Hearing:
+    """Takes the supervisor's facts to the desk. ``clean`` takes secrets out of what a trainer says."""
+
+    def __init__(
+        self, desk: JobDesk, clean: Callable[[AnyEvent], AnyEvent], clock: Callable[[], float] = time.time
+    ) -> None:
+        self._desk = desk
+        self._clean = clean
+        self._clock = clock
+        self._points = Points()
+        self._faults: dict[tuple[str, int], str] = {}
+
+    async def run(self, facts: anyio.abc.ObjectReceiveStream[Fact]) -> None:
+        """Take what the supervisor tells, as much at once as is there, for ever."""
+        while True:
+            try:
+                taken = [await facts.receive()]
+            except anyio.EndOfStream:
+                return
+            while len(taken) < AT_ONCE:
+                try:
+                    taken.append(facts.receive_nowait())  # type: ignore[attr-defined]  # a memory stream's
+                except (anyio.WouldBlock, anyio.EndOfStream):
+                    break
+            ended = [fact for fact in taken if isinstance(fact, Exited)]
+            for fact in ended:
+                taken[taken.index(fact) : taken.index(fact)] = await self._left_behind(fact.job_id)
+            # Nothing is lost while the disk is full: the trainer keeps what is not committed.
+            await self._take_in(taken)
+            for fact in ended:
+                await self._forget(fact.job_id)
+
+    async def _take_in(self, facts: Iterable[Fact]) -> None:
+        await self._desk.insist(lambda: self._once(facts))
+
+    async def bury(self, job_id: str, why: str) -> None:
+        """Take in what the trainer of an earlier agent left behind, now that its process is gone."""
+        facts = await self._left_behind(job_id)
+        words = [fact.numbered.event for fact in facts if isinstance(fact.numbered.event, Left)]
+        left = words[-1].why if words else "parent_lost"
+        await self._take_in(facts)
+
+        def end(batch: Batch) -> None:
+            batch.freed.add(job_id)
+            job = self._desk.jobs[job_id]
+            self._desk.take(batch, gone(job, job.attempt, left=left, why=why, now=self._clock()))
+
+        await self._desk.insist(lambda: self._desk.transact(end))
+        await self._forget(job_id)
+
+    async def _left_behind(self, job_id: str) -> list[Heard]:
+        launcher = self._desk.launcher
+        return await launcher.left_behind(job_id) if launcher is not None else []
+
+    async def _forget(self, job_id: str) -> None:
+        if self._desk.launcher is not None:
+            await self._desk.launcher.forget(job_id)
+
+    async def _once(self, facts: Iterable[Fact]) -> None:
+        points: list[tuple[str, Metrics]] = []
+
+        def take(batch: Batch) -> None:
+            for fact in facts:
+                job = batch.jobs.get(fact.job_id) or self._desk.jobs.get(fact.job_id)
+                if job is not None:
+                    self._fact(batch, job, fact, points)
+
+        try:
+            await self._desk.transact(take)
+        except JournalFull:
+            # What was to be stored was not, a schema among it perhaps.
+            self._points = Points()
+            raise
+        for job_id, metrics in points:
+            self._desk.on_change(self._desk.jobs[job_id], metrics)
+
+    def _fact(self, batch: Batch, job: Job, fact: Fact, points: list[tuple[str, Metrics]]) -> None:
+        try:
+            match fact:
+                case Heard():
+                    self._heard(batch, job, fact, points)
+                case Misbehaved(sentence=sentence):
+                    self._faults[fact.job_id, fact.attempt] = sentence
+                case Exited():
+                    self._exited(batch, job, fact)
+        except IllegalTransition as error:
+            logger.exception("a trigger that the table does not know: {!r} {!r}", job, fact)
+            self._desk.take(batch, self._internal(job, str(error)))
+
+    def _internal(self, job: Job, sentence: str) -> tuple[Job, list[Effect]]:
+        cause = failure(FailureReason.INTERNAL, f"The agent met a state it should not know: {sentence}.")
+        return react(job, Trigger.FAULT, now=self._clock(), by="agent", failure=cause)
+
+    def _heard(self, batch: Batch, job: Job, fact: Heard, points: list[tuple[str, Metrics]]) -> None:
+        numbered = msgspec.structs.replace(fact.numbered, event=self._clean(fact.numbered.event))
+        outcome = hear(job, numbered, now=self._clock())
+        if numbered.attempt == job.attempt:
+            # Also for old news: the trainer repeats it because our answer was lost.
+            batch.marks[job.job_id, job.attempt] = max(numbered.number, job.heard)
+        if outcome is None:
+            return
+        self._desk.take(batch, outcome)
+        event = numbered.event
+        if isinstance(event, Metrics):
+            points.append((job.job_id, event))
+            batch.points.append((job.job_id, job.attempt, event.step, msgspec.msgpack.encode(event)))
+            if job.from_backend:
+                for record in self._points.records(job.job_id, job.attempt, event):
+                    lane = Lane.METRICS if isinstance(record, Point) else Lane.CONTROL
+                    self._desk.ledger.append(batch, job.job_id, lane, record)
+
+    def _exited(self, batch: Batch, job: Job, fact: Exited) -> None:
+        batch.freed.add(job.job_id)
+        sentence = self._faults.get((job.job_id, fact.attempt), "")
+        cause = failure(FailureReason.INTERNAL, sentence) if sentence else None
+        why = fact.sentence or "The trainer ended without a word."
+        now = self._clock()
+        job, effects = gone(job, fact.attempt, left=fact.left, why=why, now=now, failure=cause)
+        if not fact.released:
+            logger.warning("job {}: {}", job.job_id, NOT_PROVED)
+            notice = Notice(now, "warning", NOT_PROVED, job.attempt)
+            effects = [*effects, Report(job.job_id, Lane.CONTROL, notice)]
+        self._desk.take(batch, (job, effects))
