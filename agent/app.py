@@ -71,20 +71,24 @@ def kept(path: Path, fresh: str) -> str:
     with contextlib.suppress(FileNotFoundError):
         if known := path.read_text().strip():
             return known
+    _store(path, fresh)
+    return fresh
+
+
+def _store(path: Path, text: str) -> None:
     part = path.with_suffix(".part")
     with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(fresh + "\n")
+        file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
-    return fresh
 
 
 def _next_boot(counted: int, path: Path) -> int:
     """Return the number of this start; a journal that was lost does not count backwards."""
-    boot = max(counted, int(kept(path, "0")) + 1)
-    path.unlink()
-    kept(path, str(boot))
+    before = kept(path, "0")
+    boot = max(counted, int(before) + 1 if before.isdecimal() else 0)
+    _store(path, str(boot))
     return boot
 
 
