@@ -51,6 +51,7 @@ def new_job(job_id: str, config: str, *, dataset_path: str, name: str, order: in
         created_at=now,
         model_name=spec.model.name,
         method=spec.method,
+        learning_rate=spec.training.learning_rate,
     )
 
 

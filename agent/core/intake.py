@@ -132,7 +132,7 @@ def _ready(job: Job, event: Ready, now: float) -> tuple[Job, list[Effect]]:
         event.eval_rows,
         event.batch_size,
         event.gradient_accumulation_steps,
-        job.values.get("learning_rate", 0.0),
+        job.parameters.learning_rate or job.learning_rate,
         event.device,
         event.resumed_from,
         event.trainable_parameters,

@@ -69,6 +69,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Those that the backend last asked for: what it repeats is no news."""
     model_name: str = ""
     method: str = ""
+    learning_rate: float = 0.0
+    """The highest of the schedule."""
     step: int = 0
     saved_step: int = 0
     epoch: float = 0.0

@@ -94,7 +94,7 @@ def test_ready_is_running_and_its_facts_go_first() -> None:
     ready = EVENTS["Ready"]
     assert isinstance(ready, Ready)
     new, records, effects = after(
-        ready, job(S.PREPARING, step=57, checkpoint="best", values={"learning_rate": 1e-4})
+        ready, job(S.PREPARING, step=57, checkpoint="best", learning_rate=1e-4)
     )
     assert [type(record) for record in records] == [JobFacts, JobStatus]
     assert isinstance(records[0], JobFacts)

@@ -121,6 +121,7 @@ def test_the_points_carry_every_name_the_charts_use(real: tuple[Hub, Agent]) -> 
     for name in ("eval_loss", "perplexity", "best_eval_loss", "best_step"):
         assert points[5][name] is not None, name
     assert done["best_eval_loss"] is not None and done["loss_trend"]
+    assert (done["max_learning_rate"], done["batch_size"], done["total_samples"]) == (1e-2, 2, 48)
     assert done["results"]["final_eval_loss"] < done["results"]["initial_eval_loss"]
 
 
