@@ -93,9 +93,7 @@ def test_a_phase_is_told_only_while_the_job_prepares() -> None:
 def test_ready_is_running_and_its_facts_go_first() -> None:
     ready = EVENTS["Ready"]
     assert isinstance(ready, Ready)
-    new, records, effects = after(
-        ready, job(S.PREPARING, step=57, checkpoint="best", learning_rate=1e-4)
-    )
+    new, records, effects = after(ready, job(S.PREPARING, step=57, checkpoint="best", learning_rate=1e-4))
     assert [type(record) for record in records] == [JobFacts, JobStatus]
     assert isinstance(records[0], JobFacts)
     assert (records[0].attempt, records[0].start_step, records[0].learning_rate) == (2, 40, 1e-4)
