@@ -29,6 +29,11 @@ else:
 logger = logging.getLogger("agent.trainer")
 
 
+LOG_EVERY = 1.0
+"""Seconds between lines on the curve in the job's log: the points themselves are sent, and a line costs
+a fast step more than all the rest of its report."""
+
+
 class _PutOff(Exception):
     """An evaluation was given up because the process must leave."""
 
@@ -44,6 +49,7 @@ class Curve(_Trainer):  # type: ignore[misc]
         self._elapsed_before = self.job.progress.elapsed
         self._start_step = 0
         self._held_out: Any = None
+        self._logged_at = -LOG_EVERY
 
     def _resume_counting(self) -> None:
         """Take up the counters where the checkpoint left them."""
@@ -157,8 +163,12 @@ class Curve(_Trainer):  # type: ignore[misc]
             common["best_step"] = float(progress.best_step)
             common["best_epoch"] = progress.best_epoch
         self.job.inbox.line.say(Metrics(step, epoch, time.time(), {**common, **values}, progress.trend()))
-        shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if k.endswith(("loss", "rate", "norm")))
-        logger.info("step %d of %d: %s", step, self.state.max_steps, shown)
+        if now - self._logged_at >= LOG_EVERY or "eval_loss" in values or step >= self.state.max_steps:
+            self._logged_at = now
+            shown = ", ".join(
+                f"{k} {v:.4g}" for k, v in values.items() if k.endswith(("loss", "rate", "norm"))
+            )
+            logger.info("step %d of %d: %s", step, self.state.max_steps, shown)
 
     def _lacks_evaluation(self) -> bool:
         return self.eval_dataset is not None and self.job.progress.eval_step != self.state.global_step

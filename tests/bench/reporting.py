@@ -33,7 +33,7 @@ def reporting(folder: Path, steps: int = STEPS) -> dict[str, Figure]:
     spent = _train(folder, home, steps)
 
     def each(*names: str) -> list[float]:
-        return [1e6 * sum(seconds[name] for name in names) for seconds in spent[SKIPPED:]]
+        return [1e6 * sum(seconds.get(name, 0.0) for name in names) for seconds in spent[SKIPPED:]]
 
     whole = each("_count", "_measure", "_say_point")
     return {
