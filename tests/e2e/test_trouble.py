@@ -1,7 +1,6 @@
 """Bad moments: races at a start, a damaged or full journal, a lost token, secrets in what a trainer says."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -117,17 +116,6 @@ def test_a_full_disk_under_the_journal_pauses_jobs_and_blocks_nobody(tmp_path: P
     assert said["cancelled"] == "cancelled"
     assert said["steps"] == list(range(1, said["total"] + 1))
     assert said["left with"] == 0 and said["disk"], said
-
-
-def test_a_lost_link_in_the_middle_of_a_save_command_answers_it(pair: Pair) -> None:
-    hub, _ = pair
-    job = hub.submit(fake_config("step=0.02", steps=200))
-    hub.wait_step(job, 3)
-    hub.stop(signal.SIGKILL)
-    hub.start()
-    hub.wait_step(job, 30)
-    hub.control(job, "cancel")
-    hub.wait_state(job, "cancelled")
 
 
 def test_no_secret_leaves_with_what_a_trainer_says() -> None:

@@ -378,3 +378,30 @@ async def test_a_slow_line_carries_everything() -> None:
             records.say(LOGS, *("x" * 1000 for _ in range(200)))
             await backend.until(lambda: records.at == {LOGS: 200})
     assert len(backend.hellos) == 1
+
+
+def test_a_backend_that_was_ours_before_is_dialled_again_when_something_else_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(agent.net.websocket, "TLS_RETRY", 0.05)
+    monkeypatch.setattr(agent.net.websocket, "backoff", lambda: backoff(first=0.01, cap=0.02))
+
+    def redeployed(socket: ServerConnection, request: Request) -> Response | None:
+        return socket.respond(http.HTTPStatus.NOT_FOUND, "a proxy's page") if gone else None
+
+    gone: list[bool] = []
+
+    async def test() -> None:
+        backend, records = Backend(), Records()
+        async with serving(backend, answer=redeployed):
+            link = link_to(backend, records)
+            async with running(link):
+                await backend.until(lambda: backend.session is not None and backend.session.welcomed)
+                gone.append(True)
+                assert backend.socket is not None
+                await backend.socket.close(1001)
+                await backend.until(lambda: len(backend.requests) >= 4)
+                gone.clear()
+                await backend.until(lambda: len(backend.hellos) == 2)
+
+    anyio.run(test)

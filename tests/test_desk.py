@@ -1,0 +1,151 @@
+"""The desk and what stands around it, on a real journal: commands, exits, what the owner keeps."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from agent.config import Settings, load
+from agent.core.job import Job
+from agent.desk import JobDesk
+from agent.errors import NotPossible
+from agent.hearing import NOT_PROVED, Hearing
+from agent.launch import FETCHED, Launching
+from agent.ledger import Ledger
+from agent.runtime.journal import Journal
+from agent.runtime.redact import Redactor
+from agent.runtime.supervisor import Exited, Fact, Supervisor
+from agent.uplink import JournalUplink
+from agent.watch import Watch
+from protocol.codec import decode_record
+from protocol.lifecycle import JobState, Want
+from protocol.messages import Command, Machine
+from protocol.records import CommandDone, Notice
+
+EPOCH = 7
+
+
+def settings(folder: Path, **more: str) -> Settings:
+    return load({"AGENT_HOME": str(folder), "BACKEND_URL": "none", **more})
+
+
+@asynccontextmanager
+async def desk_in(folder: Path, *jobs: Job) -> AsyncIterator[JobDesk]:
+    """A desk that has read its journal and has not begun: nothing is started."""
+    journal = Journal.open(folder / "journal.sqlite")
+    send, facts = anyio.create_memory_object_stream[Fact](16)
+    desk = JobDesk(Ledger(journal, 1 << 20), Supervisor(facts=send), devices=["cpu"], at_once=1)
+    try:
+        with send, facts:
+            async with anyio.create_task_group() as group:
+                await desk.load(EPOCH, group)
+                for job in jobs:
+                    await desk.add(job)
+                yield desk
+                group.cancel_scope.cancel()
+    finally:
+        await journal.close()
+
+
+def job(state: JobState, job_id: str = "j", **fields: Any) -> Job:
+    return Job(job_id=job_id, config="{}", from_backend=True, attempt=1, state=state, **fields)
+
+
+async def stored(desk: JobDesk, scope: str) -> list[Any]:
+    rows = await desk.ledger.journal.read(lambda rows: rows.records(EPOCH, scope, 0, 0, 100, 1 << 20))
+    return [decode_record(body) for _, body in rows if body is not None]
+
+
+def test_a_link_that_breaks_in_a_command_leaves_it_done_and_answered(tmp_path: Path) -> None:
+    async def machine() -> Machine:
+        raise AssertionError("nobody said hello")
+
+    async def send_log(job_id: str, offset: int) -> None:
+        raise AssertionError("nobody asked for a log")
+
+    async def test() -> None:
+        async with desk_in(tmp_path, job(JobState.FAILED)) as desk:
+            uplink = JournalUplink(
+                desk,
+                agent_id="agent_0123456789abcdef",
+                install_id="i",
+                boot=1,
+                machine=machine,
+                send_log=send_log,
+                keep_secret=lambda secret: None,
+            )
+            retry = Command("c-1", "retry", "j")
+            async with anyio.create_task_group() as connection:
+                connection.start_soon(uplink.commanded, retry)
+                await anyio.lowlevel.checkpoint()
+                connection.cancel_scope.cancel()
+            assert desk.job("j").state is JobState.QUEUED
+            # The backend had no answer and asks again: it hears the same, and nothing is done twice.
+            await uplink.commanded(retry)
+            answers = [record for record in await stored(desk, "") if isinstance(record, CommandDone)]
+            assert [answer.status for answer in answers] == ["done", "done"]
+
+    anyio.run(test)
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_memory_that_was_not_seen_to_leave_the_device_is_told(tmp_path: Path, released: bool) -> None:
+    async def test() -> None:
+        async with desk_in(tmp_path, job(JobState.PAUSING, want=Want.PAUSE)) as desk:
+            desk.held["j"] = "0"
+            send, facts = anyio.create_memory_object_stream[Fact](1)
+            with send:
+                await send.send(Exited("j", 1, 0, None, "paused", released, [], "The trainer left."))
+            with facts:
+                await Hearing(desk, lambda event: event).run(facts)
+            assert desk.job("j").state is JobState.PAUSED
+            assert desk.held == {}
+            told = [record.text for record in await stored(desk, "j") if isinstance(record, Notice)]
+            assert told == ([] if released else [NOT_PROVED])
+
+    anyio.run(test)
+
+
+def test_devices_are_the_owners_choice_then_cudas_then_what_there_is(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with desk_in(tmp_path) as desk:
+            plain = Watch(desk, settings(tmp_path), Redactor())
+            assert plain.devices(None) == ["cpu"]
+            assert plain.devices("1, GPU-abc") == ["1", "GPU-abc"]
+            assert plain.devices("") == ["cpu"]
+            chosen = Watch(desk, settings(tmp_path, DEVICES="3"), Redactor())
+            assert chosen.devices("1") == ["3"]
+
+    anyio.run(test)
+
+
+def test_logs_that_the_owner_keeps_are_not_sent_on_demand_either(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with desk_in(tmp_path, job(JobState.COMPLETED)) as desk:
+            watch = Watch(desk, settings(tmp_path, SHARE_LOGS="false"), Redactor())
+            with pytest.raises(NotPossible, match="SHARE_LOGS"):
+                await watch.send_log_from("j", 0)
+
+    anyio.run(test)
+
+
+def test_a_fetched_data_set_is_kept_for_as_long_as_a_job_may_need_it(tmp_path: Path) -> None:
+    async def test() -> None:
+        needed, done = "a" * 64, "b" * 64
+        jobs = [
+            job(JobState.FAILED, dataset_sha256=needed),
+            job(JobState.COMPLETED, "k", dataset_sha256=done),
+        ]
+        async with desk_in(tmp_path, *jobs) as desk:
+            folder = tmp_path / "datasets" / FETCHED
+            folder.mkdir(parents=True)
+            for name in (needed, done):
+                (folder / f"{name}.data").write_text("rows")
+            Launching(desk, settings(tmp_path), tmp_path, {}, Redactor(), "test").prune()
+            assert [path.stem for path in folder.iterdir()] == [needed]
+
+    anyio.run(test)
