@@ -27,7 +27,7 @@ class Method(StrEnum):
     RLHF = "rlhf"
 
 
-RUNNABLE = (Method.SFT, Method.CPT)
+RUNNABLE = (Method.SFT, Method.CPT, Method.DPO)
 """The methods that this agent's trainer can run today; said in HELLO."""
 
 
@@ -39,6 +39,8 @@ class DataFormat(StrEnum):
     SHAREGPT = "sharegpt"
     ALPACA = "alpaca"
     PROMPT_COMPLETION = "prompt_completion"
+    PREFERENCE = "preference"
+    """prompt, chosen and rejected, for DPO."""
     TEXT = "text"
 
 
@@ -89,6 +91,8 @@ class DataSpec(Part, frozen=True, kw_only=True):
     max_samples: Positive | None = None
     eval_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     """Share of the rows that is held out; cut with the job's seed before anything is shuffled."""
+    streaming: bool = False
+    """Read the rows while training, and keep no table of them; needs ``training.max_steps``."""
 
 
 class LoraSpec(Part, frozen=True, kw_only=True):
@@ -102,6 +106,22 @@ class LoraSpec(Part, frozen=True, kw_only=True):
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     use_dora: bool = False
+
+
+class DpoSpec(Part, frozen=True, kw_only=True):
+    """Direct preference optimisation (arXiv 2305.18290)."""
+
+    beta: Annotated[float, Meta(gt=0, le=100)] = 0.1
+    """How strongly the model is held to the one it began as."""
+    loss_type: Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "sppo_hard"] = "sigmoid"
+
+
+class BranchSpec(Part, frozen=True, kw_only=True):
+    """The checkpoint of another job that this one begins with: its weights, optimizer and place in the data."""
+
+    job_id: JobId
+    checkpoint: Text = ""
+    """Its name, "best", or empty for the newest good one."""
 
 
 Scheduler = Literal[
@@ -149,6 +169,17 @@ class TrainingSpec(Part, frozen=True, kw_only=True):
     dataloader_pin_memory: bool = True
     early_stopping_patience: Positive | None = None
     early_stopping_threshold: Annotated[float, Meta(ge=0)] = 0.0
+    metric_for_best: Annotated[str, Meta(max_length=64)] = "eval_loss"
+    """The measure of an evaluation by which the best checkpoint is chosen and early stopping counts."""
+    load_best_at_end: bool = False
+    """Make the final model of the best checkpoint also where training ran to its last step."""
+    deterministic: bool = False
+    """On a GPU: deterministic kernels only, so that a resumed run is equal bit for bit. Costs speed."""
+    on_bad_loss: Literal["fail", "rewind"] = "fail"
+    """On a loss that is no number, or a spike: end, or go back to the last good checkpoint and skip its rows."""
+    spike_factor: Annotated[float, Meta(gt=1, le=1e6)] | None = None
+    """A loss beyond this many times the recent mean is a spike; None: only NaN and infinity count."""
+    max_rewinds: Annotated[int, Meta(ge=1, le=1000)] = 3
 
 
 class OutputSpec(Part, frozen=True, kw_only=True):
@@ -175,9 +206,11 @@ class JobSpec(Part, frozen=True, kw_only=True):
     tokenizer: TokenizerSpec = TokenizerSpec()
     data: DataSpec = DataSpec()
     lora: LoraSpec | None = None
+    dpo: DpoSpec = DpoSpec()
     training: TrainingSpec = TrainingSpec()
     output: OutputSpec = OutputSpec()
     samples: Annotated[list[SampleSpec], Meta(max_length=16)] = []
+    branch: BranchSpec | None = None
 
 
 class BadSpec(ValueError):

@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from protocol.failures import Failure
 from protocol.fields import Name, Number, Prose, Values, Word
-from protocol.worker import Parameters
+from protocol.worker import Estimate, Parameters
 
 
 class Record(msgspec.Struct, frozen=True, array_like=True):
@@ -86,6 +86,8 @@ class Checkpoint(Record, frozen=True, array_like=True, tag=5):
     eval_loss: Number | None = None
     train_loss: Number | None = None
     is_best: bool = False
+    stall: float = 0.0
+    """Seconds that training stood still for it."""
 
 
 class CommandDone(Record, frozen=True, array_like=True, tag=6):
@@ -125,6 +127,26 @@ class ParametersApplied(Record, frozen=True, array_like=True, tag=9):
     step: int
     parameters: Parameters
     refused: Prose = ""
+
+
+class JobEstimate(Record, frozen=True, array_like=True, tag=10):
+    """What the job will need, said before its first step."""
+
+    time: float
+    attempt: int
+    estimate: Estimate
+
+
+class ResumeCheck(Record, frozen=True, array_like=True, tag=11):
+    """Steps ``first`` to ``last`` were replayed in a fresh process: equal bit for bit, or by how much not."""
+
+    time: float
+    attempt: int
+    first: int
+    last: int
+    equal: bool
+    difference: Number = 0.0
+    detail: Prose = ""
 
 
 class Point(Record, frozen=True, array_like=True, tag=16):
@@ -167,6 +189,8 @@ AnyRecord = (
     | Snapshot
     | Notice
     | ParametersApplied
+    | JobEstimate
+    | ResumeCheck
     | Point
     | Figures
     | LogChunk

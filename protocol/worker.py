@@ -54,8 +54,13 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     hub: bool = True
     """Whether models and data sets may be fetched from the Hub."""
     verify_resume: int = 0
+    """Steps before the checkpoint that are replayed in a fresh process after a resume; 0: none."""
     tokenizer_code: bool = False
     """True only when the owner allowed code from this very tokenizer; counts where a job names one of its own."""
+    background_saves: bool = True
+    """Periodic checkpoints are copied to host memory and written while training goes on."""
+    compress_checkpoints: bool = False
+    """Checkpoints are written with zstd, the bytes of the numbers grouped by plane."""
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -91,6 +96,8 @@ class Start(Order, frozen=True, array_like=True, tag=1):
     stop_at_once: bool = False
     """Load, restore and finish without another step (want `stop` on a paused job)."""
     parameters: Parameters = Parameters()
+    accept_changes: bool = False
+    """The user has said that a checkpoint may be gone on from although the job's inputs have changed since."""
 
 
 class Pause(Order, frozen=True, array_like=True, tag=2):
@@ -129,7 +136,15 @@ class Committed(Order, frozen=True, array_like=True, tag=8):
     number: int
 
 
-AnyOrder = Start | Pause | Cancel | Stop | SetParameters | SaveNow | EvaluateNow | Committed
+class Check(Order, frozen=True, array_like=True, tag=9):
+    """In place of `Start`: say what the job would need (`Estimated`), and leave. Nothing is trained or kept."""
+
+    spec: JobSpec
+    workspace: Workspace
+    limits: Limits
+
+
+AnyOrder = Start | Pause | Cancel | Stop | SetParameters | SaveNow | EvaluateNow | Committed | Check
 
 
 # Events: trainer -> agent
@@ -202,6 +217,8 @@ class Saved(Event, frozen=True, array_like=True, tag=5):
     train_loss: float | None = None
     is_best: bool = False
     command_id: str = ""
+    stall: float = 0.0
+    """Seconds that training stood still for it; less than ``seconds`` where it was written in the background."""
 
 
 class Trained(Event, frozen=True, array_like=True, tag=6):
@@ -227,7 +244,11 @@ class Finished(Event, frozen=True, array_like=True, tag=7):
 
 
 class Left(Event, frozen=True, array_like=True, tag=8):
-    """The process leaves on purpose and will say no more. ``why``: paused, cancelled, parent_lost."""
+    """The process leaves on purpose and will say no more.
+
+    ``why``: paused, cancelled, parent_lost; disk_full (it cannot save; the last good checkpoint stands);
+    fresh_process (it saved, and wants to go on in a new process whose memory is in one piece).
+    """
 
     why: str
     step: int
@@ -255,8 +276,60 @@ class ParametersSet(Event, frozen=True, array_like=True, tag=11):
     refused: str = ""
 
 
+class Estimate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a job will need, before it starts. Sizes in GB of 2**30 bytes."""
+
+    device: str
+    device_gb: float | None = None
+    """Peak of the device's memory; None on a CPU."""
+    host_gb: float
+    """Peak resident memory of the trainer."""
+    disk_gb: float
+    """Checkpoints at their most, and the final model."""
+    free_device_gb: float | None = None
+    free_host_gb: float
+    free_disk_gb: float
+    step_seconds: float | None = None
+    total_seconds: float | None = None
+    total_steps: int = 0
+    parts: dict[str, float] = {}
+    """What the peak is made of, GB by name: weights, gradients, optimizer, activations, ..."""
+    advice: list[str] = []
+    """Sentences, with figures: what to change, and what that saves."""
+    fits: bool = True
+
+
+class Estimated(Event, frozen=True, array_like=True, tag=12):
+    """What the job will need."""
+
+    estimate: Estimate
+
+
+class Verified(Event, frozen=True, array_like=True, tag=13):
+    """Steps ``first`` to ``last`` before the checkpoint were replayed in a fresh process after a resume."""
+
+    first: int
+    last: int
+    equal: bool
+    difference: float = 0.0
+    """Largest difference of a loss or a weight."""
+    detail: str = ""
+
+
 AnyEvent = (
-    Warm | Preparing | Ready | Metrics | Saved | Trained | Finished | Left | Failed | Note | ParametersSet
+    Warm
+    | Preparing
+    | Ready
+    | Metrics
+    | Saved
+    | Trained
+    | Finished
+    | Left
+    | Failed
+    | Note
+    | ParametersSet
+    | Estimated
+    | Verified
 )
 
 

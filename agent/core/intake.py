@@ -10,9 +10,19 @@ from agent.core.outbox import WORD, cut
 from protocol.failures import Failure
 from protocol.lifecycle import HAS_WORKER, TERMINAL, JobState, Trigger
 from protocol.messages import Lane
-from protocol.records import AnyRecord, Checkpoint, JobFacts, Notice, ParametersApplied, Result
+from protocol.records import (
+    AnyRecord,
+    Checkpoint,
+    JobEstimate,
+    JobFacts,
+    Notice,
+    ParametersApplied,
+    Result,
+    ResumeCheck,
+)
 from protocol.worker import (
     AnyEvent,
+    Estimated,
     Failed,
     Finished,
     Left,
@@ -24,6 +34,7 @@ from protocol.worker import (
     Ready,
     Saved,
     Trained,
+    Verified,
     Warm,
 )
 
@@ -78,6 +89,7 @@ def _heard(job: Job, event: AnyEvent, now: float) -> tuple[Job, list[Effect]]:
                 event.eval_loss,
                 event.train_loss,
                 event.is_best,
+                event.stall,
             )
             return job, [_control(job, record)]
         case Trained():
@@ -100,6 +112,15 @@ def _heard(job: Job, event: AnyEvent, now: float) -> tuple[Job, list[Effect]]:
                 or job.gradient_accumulation_steps,
             )
             return job, [_control(job, ParametersApplied(now, job.attempt, at, parameters, refused))]
+        case Estimated(estimate=estimate):
+            job = msgspec.structs.replace(job, estimate=estimate)
+            return job, [_control(job, JobEstimate(now, job.attempt, estimate))]
+        case Verified():
+            job = msgspec.structs.replace(job, resume_check=event)
+            told = ResumeCheck(
+                now, job.attempt, event.first, event.last, event.equal, event.difference, event.detail
+            )
+            return job, [_control(job, told)]
         case Left() | Warm():
             # What leaving means is known when the process is gone.
             return job, []

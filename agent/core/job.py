@@ -16,7 +16,7 @@ from protocol.lifecycle import (
 )
 from protocol.messages import Lane
 from protocol.records import JobStatus
-from protocol.worker import Cancel, Parameters, Pause, Stop
+from protocol.worker import Cancel, Estimate, Parameters, Pause, Stop, Verified
 
 LOSSES_ALLOWED = 3
 """Lost workers in a row without a new good checkpoint, before the job fails."""
@@ -83,6 +83,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     values: dict[str, float] = {}
     trend: str = ""
     facts: dict[str, str] = {}
+    estimate: Estimate | None = None
+    resume_check: Verified | None = None
     resumed_from: str = ""
     failure: Failure | None = None
     model_path: str = ""

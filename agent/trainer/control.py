@@ -5,10 +5,7 @@ whole.
 """
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,36 +16,11 @@ from trl import SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from agent.trainer.batches import ByLength
-from agent.trainer.checkpoint import BadCheckpoint, Checkpoints, Found, make_manifest, verify
-from agent.trainer.curve import Curve, logger
-from agent.trainer.inbox import Inbox, Leaving
+from agent.trainer.inbox import Leaving
 from agent.trainer.live import set_parameters
-from agent.trainer.progress import Progress, Schedule
 from agent.trainer.randomness import unmoved
-from protocol.worker import Note, Parameters, Ready, Saved
-
-TRAINER_STATE = "trainer_state.json"
-
-
-@dataclass
-class Job:
-    """What training needs beyond TRL's own arguments."""
-
-    job_id: str
-    attempt: int
-    inbox: Inbox
-    checkpoints: Checkpoints
-    schedule: Schedule
-    progress: Progress
-    parameters: Parameters
-    ready: Ready
-    """Filled in with the steps and sent when they are known."""
-    inputs: dict[str, str] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    resumed_from: Found | None = None
-    stop_at_once: bool = False
-    before: Callable[[Any], None] = lambda trainer: None
-    """Called with the trainer before the first step ever."""
+from agent.trainer.saving import Job, Saving
+from protocol.worker import Note, Parameters
 
 
 class _Begin(TrainerCallback):  # type: ignore[misc]
@@ -62,7 +34,7 @@ class _Begin(TrainerCallback):  # type: ignore[misc]
         return control
 
 
-class ControlledMixin(Curve):
+class ControlledMixin(Saving):
     """Goes before one of TRL's trainers in the list of bases."""
 
     def __init__(self, *args: Any, job: Job, **kwargs: Any) -> None:
@@ -71,24 +43,8 @@ class ControlledMixin(Curve):
         self._boundary = -1
         self._start_counting()
         self.add_callback(_Begin(self._begin))
-        # Patched once more, over TRL's own patch: entropy and accuracy are not shown, so they are not computed.
-        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        add_fused_lm_head(model)
 
     # Called by Trainer
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Restore the weights. An adapter keeps the precision it is trained in."""
-        if isinstance(self.model, PeftModel):
-            # By default PEFT turns 16-bit adapters into float32 here, and a resumed QLoRA run goes another way.
-            self.model.load_adapter(
-                resume_from_checkpoint,
-                self.model.active_adapters[0],
-                is_trainable=True,
-                autocast_adapter_dtype=False,
-            )
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _begin(self, train_dataloader: Any) -> None:
         """Take up the counters, say Ready, and do what belongs before the first step."""
@@ -147,20 +103,6 @@ class ControlledMixin(Curve):
         self._count(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Return TRL's loss for this micro-batch without its measurements."""
-        outputs = self._score(model, inputs)
-        count = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = -outputs.log_probs.sum() / torch.as_tensor(count).clamp(min=1)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        if self.aux_loss_enabled:
-            share = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / share
-        return (loss, outputs) if return_outputs else loss
-
     def floating_point_ops(self, inputs: Any) -> int:
         """Return 0: nobody reads the sum, and counting walks over every parameter in each micro-batch."""
         return 0
@@ -208,115 +150,37 @@ class ControlledMixin(Curve):
         if ending:
             self.control.should_training_stop = True
 
-    # Checkpoints
-
-    def _save_if_due(
-        self, ending: bool, *, scheduled: bool, tr_loss: torch.Tensor | None = None, grad_norm: Any = None
-    ) -> None:
-        """Save once, and say so for each reason there is."""
-        job, step = self.job, self.state.global_step
-        reasons: list[tuple[str, str]] = []
-        if job.inbox.leaving:
-            reasons.append(("pause" if job.inbox.leaving == "paused" else "parent_lost", ""))
-        if ending:
-            reasons.append(("final", ""))
-        progress = job.progress
-        if (
-            progress.best_step == step > 0
-            and progress.eval_step == step
-            and job.schedule.eval_strategy != "no"
-        ):
-            reasons.append(("best", ""))
-        if scheduled and step % job.schedule.save_steps == 0:
-            reasons.append(("schedule", ""))
-        commands, job.inbox.saves = job.inbox.saves, []
-        reasons += [("command", command) for command in commands]
-        if not reasons:
-            return
-        if tr_loss is not None:
-            norm = float(grad_norm) if grad_norm is not None else 0.0
-            if not self._is_finite(tr_loss.item(), norm):
-                raise self._not_finite(step, "loss or its gradient")
-        with self._off_the_clock():
-            self._save_now(reasons)
-
-    def _save_now(self, reasons: list[tuple[str, str]]) -> None:
-        job, progress, step = self.job, self.job.progress, self.state.global_step
-        began = time.monotonic()
-        self._store_counters()
-        epoch = float(self.state.epoch or 0.0)
-        manifest = msgspec.structs.replace(
-            make_manifest(job.job_id, step, epoch, job.attempt, reasons[0][0]),
-            train_loss=progress.train_loss,
-            eval_loss=progress.eval_loss if progress.eval_step == step else None,
-            versions=job.versions,
-            inputs=job.inputs,
-        )
-        found = job.checkpoints.save(manifest, self._fill)
-        best = progress.best_eval_loss is not None and progress.best_step == step
-        job.checkpoints.in_use = {found.path, job.checkpoints.path(progress.best_step)}
-        if job.resumed_from is not None:
-            job.checkpoints.in_use.add(job.resumed_from.path)
-        job.checkpoints.retain(job.schedule.save_total_limit)
-        seconds = time.monotonic() - began
-        for reason, command in reasons:
-            job.inbox.line.say(
-                Saved(
-                    path=str(found.path),
-                    step=step,
-                    epoch=epoch,
-                    size=found.size,
-                    seconds=seconds,
-                    reason=reason,
-                    eval_loss=manifest.eval_loss,
-                    train_loss=progress.train_loss,
-                    is_best=best,
-                    command_id=command,
-                )
-            )
-        logger.info("saved %s in %.2f s", found.path.name, seconds)
-
-    def _fill(self, folder: Path) -> None:
-        """Write everything that the next step depends on."""
-        self.save_model(str(folder), _internal_call=True)
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-        self._save_optimizer_and_scheduler(str(folder))
-        self._save_scaler(str(folder))
-        self._save_rng_state(str(folder))
-        self.state.save_to_json(str(folder / TRAINER_STATE))
-        self.job.progress.save(folder)
-
-    # After training
-
-    @property
-    def why_ended(self) -> str:
-        return self.job.progress.ended or "steps"
-
-    def take_best(self) -> bool:
-        """Put the best weights in place of the last, if training was ended early and there are better ones."""
-        progress, line = self.job.progress, self.job.inbox.line
-        if (
-            not progress.ended
-            or progress.best_eval_loss is None
-            or progress.best_step == self.state.global_step
-        ):
-            return False
-        path = self.job.checkpoints.path(progress.best_step)
-        try:
-            verify(path)
-        except BadCheckpoint as bad:
-            line.say(
-                Note("warning", f"The best weights (step {progress.best_step}) could not be used: {bad}.")
-            )
-            return False
-        self._load_from_checkpoint(str(path))
-        line.say(
-            Note(
-                "info", f"The final model has the weights of step {progress.best_step}, the best evaluation."
-            )
-        )
-        return True
-
 
 class ControlledSFTTrainer(ControlledMixin, SFTTrainer):  # type: ignore[misc]
     """Supervised fine-tuning, and continued pre-training on plain text."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Patched once more, over TRL's own patch: entropy and accuracy are not shown, so they are not computed.
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        add_fused_lm_head(model)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return TRL's loss for this micro-batch without its measurements."""
+        outputs = self._score(model, inputs)
+        count = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = -outputs.log_probs.sum() / torch.as_tensor(count).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if self.aux_loss_enabled:
+            share = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / share
+        return (loss, outputs) if return_outputs else loss
+
+    def _score(self, model: Any, inputs: Any) -> Any:
+        """Return log-probabilities of the labels; the cache is off, or packed documents would see one another."""
+        inputs["use_cache"] = False
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        return model(**inputs, fused_lm_head=True)
+
+    def _weigh(self, model: Any, inputs: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        outputs = self._score(model, inputs)
+        return {"eval_loss": (-outputs.log_probs.sum(), outputs.label_mask.sum())}

@@ -78,13 +78,6 @@ class Curve(_Trainer):  # type: ignore[misc]
         """Bring the total time up to date."""
         self.job.progress.elapsed = self._elapsed_before + time.monotonic() - self._began
 
-    def _score(self, model: Any, inputs: Any) -> Any:
-        """Return log-probabilities of the labels; the cache is off, or packed documents would see one another."""
-        inputs["use_cache"] = False
-        if self.aux_loss_enabled:
-            inputs["output_router_logits"] = True
-        return model(**inputs, fused_lm_head=True)
-
     def _count(self, inputs: Any) -> None:
         """Count the real tokens and rows of a micro-batch without waiting for the device."""
         mask = inputs.get("attention_mask")
@@ -117,6 +110,7 @@ class Curve(_Trainer):  # type: ignore[misc]
         }
         if grad_norm is not None:
             values["grad_norm"] = float(grad_norm)
+        values |= self._extra()
         progress.add_train_loss(loss)
         progress.tokens_seen += self._tokens
         tr_loss.zero_()
@@ -178,14 +172,14 @@ class Curve(_Trainer):  # type: ignore[misc]
         if self.eval_dataset is None:
             return
         try:
-            loss = self._held_out_loss()
+            measures = self._held_out_measures()
         except _PutOff:
             # Nothing has been trained: the next attempt begins anew and loses nothing.
             raise Leaving(self.job.inbox.leaving, 0) from None
-        progress = self.job.progress
+        progress, loss = self.job.progress, measures["eval_loss"]
         progress.initial_eval_loss = progress.eval_loss = loss
         progress.eval_step = 0
-        self._say_point(0, {"eval_loss": loss, "perplexity": perplexity(loss)})
+        self._say_point(0, {**measures, "perplexity": perplexity(loss)})
 
     def _evaluate_at(self, step: int, values: dict[str, float]) -> bool:
         """Evaluate and send one point with ``values``; False if it was put off because the process must leave."""
@@ -194,38 +188,48 @@ class Curve(_Trainer):  # type: ignore[misc]
             try:
                 if job.inbox.leaving:
                     raise _PutOff
-                loss = self._held_out_loss()
+                measures = self._held_out_measures()
             except _PutOff:
                 if values:
                     self._say_point(step, values)
                 progress.owed = values
                 return False
         progress.owed = None
+        loss = measures["eval_loss"]
         job.inbox.evaluations.clear()
         progress.add_eval_loss(loss, step, float(self.state.epoch or 0.0), job.schedule.threshold)
-        self._say_point(step, {**values, "eval_loss": loss, "perplexity": perplexity(loss)})
+        self._say_point(step, {**values, **measures, "perplexity": perplexity(loss)})
         return True
 
+    def _extra(self) -> dict[str, float]:
+        """Return what a method measures at training beside the loss, since the last point."""
+        return {}
+
+    def _weigh(self, model: Any, inputs: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Return a held-out batch's measures by name, each as a sum and a count; `eval_loss` is one of them."""
+        raise NotImplementedError
+
     @torch.no_grad()  # type: ignore[untyped-decorator]
-    def _held_out_loss(self) -> float:
-        """Return the mean loss over every held-out token. Raises _PutOff if the process must leave meanwhile."""
+    def _held_out_measures(self) -> dict[str, float]:
+        """Return the means over everything held out. Raises _PutOff if the process must leave meanwhile."""
         if self._held_out is None:
             self._held_out = self.get_eval_dataloader()
         model, inbox = self.model, self.job.inbox
         model.eval()
         wide = torch.float64 if self.args.device.type != "mps" else torch.float32
-        total = torch.zeros((), dtype=wide, device=self.args.device)
-        count = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        sums: dict[str, torch.Tensor] = {}
+        counts: dict[str, torch.Tensor] = {}
         with unmoved():
             for batch in self._held_out:
                 inbox.listen()
                 if inbox.leaving:
                     raise _PutOff
                 with self.compute_loss_context_manager():
-                    outputs = self._score(model, self._prepare_inputs(batch))
-                total -= outputs.log_probs.sum()
-                count += outputs.label_mask.sum()
-        return float(total.item() / max(1, count.item()))
+                    measures = self._weigh(model, self._prepare_inputs(batch))
+                for name, (total, count) in measures.items():
+                    sums[name] = sums.get(name, 0) + total.to(wide)
+                    counts[name] = counts.get(name, 0) + count
+        return {name: float(total.item() / max(1, counts[name].item())) for name, total in sums.items()}
 
     @contextlib.contextmanager
     def _off_the_clock(self) -> Iterator[None]:

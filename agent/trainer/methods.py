@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from agent.trainer.control import ControlledSFTTrainer, Job
+from agent.trainer.control import ControlledSFTTrainer
 from agent.trainer.errors import TrainerError
 from agent.trainer.model import Loaded, Precision, old_name_allowed
+from agent.trainer.saving import Job
 from protocol.failures import FailureReason
 from protocol.jobspec import JobSpec, Method
 

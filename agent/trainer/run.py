@@ -10,12 +10,13 @@ from datasets.exceptions import DatasetGenerationError
 
 from agent.trainer import data, inputs, memory, methods, samples
 from agent.trainer.checkpoint import BadCheckpoint, Checkpoints, Found, verify
-from agent.trainer.control import ControlledSFTTrainer, Job
+from agent.trainer.control import ControlledSFTTrainer
 from agent.trainer.errors import TrainerError
 from agent.trainer.inbox import Inbox, Leaving
 from agent.trainer.model import choose_precision, load_model, load_tokenizer
 from agent.trainer.output import MERGED, Output
 from agent.trainer.progress import Progress, Schedule
+from agent.trainer.saving import Job
 from protocol.failures import FailureReason
 from protocol.jobspec import JobSpec
 from protocol.worker import Finished, Left, Note, Phase, Preparing, Ready, Start, Trained
