@@ -215,6 +215,8 @@ class Desired(Frame, frozen=True, array_like=True, tag=6):
     checkpoint: Word = ""
     """Where to resume from: "" = the newest good one, "best", or the name of a checkpoint of this job."""
     reason: Prose = ""
+    accept_changes: bool = False
+    """The user's word that the job's next start may go on from a checkpoint although its inputs have changed."""
 
 
 class Command(Frame, frozen=True, array_like=True, tag=8):

@@ -18,7 +18,7 @@ CLAIM = "/api/training/agent/claim/{job_id}"
 DATASET = "/api/training/local/{job_id}/dataset"
 UPLOAD = "/api/training/dataset"
 JOB = "/api/training/local/{job_id}"
-"""Followed by /status, /metrics, /logs, /control, /update-params, /dataset."""
+"""Followed by /status, /metrics, /logs, /control, /update-params, /branch, /dataset."""
 
 HEADER_AGENT = "X-Agent-ID"
 HEADER_STREAM = "X-Stream"
@@ -84,6 +84,21 @@ class Control(msgspec.Struct, kw_only=True):
 
     action: Literal["pause", "resume", "cancel", "stop", "retry"]
     checkpoint_path: str = ""
+    accept_changes: bool = False
+    """With `resume` and `retry`: go on from the checkpoint although data or settings have changed since."""
+
+
+class Branch(msgspec.Struct, kw_only=True):
+    """`POST .../branch`: a new job that begins with a checkpoint of this one."""
+
+    checkpoint: str = ""
+    """Its name, "best", or empty for the newest good one."""
+    config_adjustments: dict[str, Any] = {}
+    """Laid over this job's config: an object over an object key by key, anything else in place."""
+    config: dict[str, Any] | None = None
+    """The whole config of the new job, in place of adjustments."""
+    job_id: str | None = None
+    name: str = ""
 
 
 class Execute(msgspec.Struct, kw_only=True):

@@ -23,7 +23,7 @@ _AGENT = messages.AgentMessage.__args__
 _HUB = messages.HubMessage.__args__
 _RECORDS = records.AnyRecord.__args__
 _FRAMES = tuple(dict.fromkeys((*_AGENT, *_HUB)))
-_BODIES = (rest.SubmitJob, rest.Control, rest.Execute)
+_BODIES = (rest.SubmitJob, rest.Control, rest.Branch, rest.Execute)
 
 
 def json_schema() -> dict[str, Any]:

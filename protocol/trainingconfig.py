@@ -95,6 +95,7 @@ _TOP = {
     "quantization",
     "output",
     "samples",
+    "branch",
     "seed",
     "eval_split",
     "name",
@@ -164,6 +165,8 @@ _FORMATS = {
     "jsonl": "auto",
     "openorca": "auto",
     "unnatural": "auto",
+    "dpo": "preference",
+    "preference": "preference",
 }
 
 
@@ -218,6 +221,10 @@ def job_spec(job_id: str, config: Mapping[str, Any], dataset_path: str = "", nam
         "output": _section(config, "output", "output"),
         "samples": config.get("samples") or [],
     }
+    if config.get("branch") is not None:
+        tree["branch"] = _section(config, "branch", "branch")
+    if training.get("beta") is not None and tree["method"] == Method.DPO:
+        tree["dpo"] = {"beta": training["beta"]}
     lora, written = _lora(config, training)
     if lora is not None:
         tree["lora"] = lora
@@ -245,6 +252,7 @@ def _written(
         "training.epochs": f"training.{epochs}",
         "training.eval_strategy": f"training.{strategy}",
         "training.seed": "training.seed" if training.get("seed") is not None else "seed",
+        "dpo.beta": "training.beta",
         "data.eval_fraction": held_out,
         "data.path": "dataset_path" if data.get("path") is None else "data.path",
         "model.dtype": "model.dtype" if model.get("dtype") is not None else "model.torch_dtype",

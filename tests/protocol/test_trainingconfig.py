@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from protocol.jobspec import BadSpec, DataFormat, JobSpec, LoraSpec, Method, Quantization
+from protocol.jobspec import BadSpec, BranchSpec, DataFormat, DpoSpec, JobSpec, LoraSpec, Method, Quantization
 from protocol.trainingconfig import job_spec
 
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -238,23 +238,32 @@ def test_the_cpt_template() -> None:
     assert job.data.eval_fraction == 0
 
 
-@pytest.mark.parametrize("name", ["dpo_standard", "rlhf_standard", "orpo_standard"])
+@pytest.mark.parametrize("name", ["rlhf_standard", "orpo_standard"])
 def test_a_template_of_a_method_that_cannot_run_is_refused_for_that(name: str) -> None:
     with pytest.raises(BadSpec) as refused:
         made(TEMPLATES[name])
     method = name.partition("_")[0]
     assert (
         str(refused.value)
-        == f'training.method: "{method}" cannot be run by this agent yet; it can run: sft, cpt.'
+        == f'training.method: "{method}" cannot be run by this agent yet; it can run: sft, cpt, dpo.'
     )
 
 
-@pytest.mark.parametrize("name", ["dpo_standard", "rlhf_standard", "orpo_standard"])
+def test_the_dpo_template_of_the_platform() -> None:
+    job = made(TEMPLATES["dpo_standard"])
+    assert (job.method, job.data.format, job.dpo) == (Method.DPO, DataFormat.PREFERENCE, DpoSpec(beta=0.1))
+    assert made(with_training(method="sft", beta=0.5)).dpo == DpoSpec()
+
+
+def test_a_job_that_begins_with_another_ones_checkpoint() -> None:
+    job = made({"model": {"name": "m"}, "branch": {"job_id": "run-1", "checkpoint": "step-20"}})
+    assert job.branch == BranchSpec(job_id="run-1", checkpoint="step-20")
+
+
+@pytest.mark.parametrize("name", ["rlhf_standard", "orpo_standard"])
 def test_apart_from_its_method_every_template_is_understood(name: str) -> None:
     config = copy.deepcopy(TEMPLATES[name])
     config["training"]["method"] = "sft"
-    if config["data"]["dataset_format"] == "dpo":
-        config["data"]["dataset_format"] = "sft"
     made(config)
 
 
@@ -359,7 +368,7 @@ def test_a_name_may_stand_in_many_places() -> None:
         ({"model": {"name": "m"}, "tokenizer": {"size": 1}}, "tokenizer.size: no such setting."),
         ({"model": {"name": "m"}, "lora": {"q": 1}}, "lora.q: no such setting."),
         ({"model": {"name": "m"}, "output": {"merge": 1}}, "output: Object contains unknown field `merge`."),
-        (with_training(method="grpo"), 'training.method: unknown method "grpo"; this agent can run: sft, cpt.'),
+        (with_training(method="grpo"), 'training.method: unknown method "grpo"; this agent can run: sft, cpt, dpo.'),
         (with_training(batch_size=0), "training.batch_size: Expected `int` >= 1."),
         (with_training(batch_size="4"), "training.batch_size: Expected `int`, got `str`."),
         (with_training(num_epochs=0), "training.num_epochs: Expected `float` > 0.0."),
@@ -395,9 +404,12 @@ def test_a_name_may_stand_in_many_places() -> None:
         ({"model": {"name": "m"}, "data": {"max_samples": -5}}, "data.max_samples: Expected `int` >= 1."),
         (
             {"model": {"name": "m"}, "data": {"dataset_format": "xml"}},
-            'data.dataset_format: unknown format "xml"; known are: alpaca, auto, chatml, jsonl, messages, openorca, '
-            "prompt_completion, raw_text, rlhf, sft, sharegpt, text, unnatural.",
+            'data.dataset_format: unknown format "xml"; known are: alpaca, auto, chatml, dpo, jsonl, messages, openorca, '
+            "preference, prompt_completion, raw_text, rlhf, sft, sharegpt, text, unnatural.",
         ),
+        ({"model": {"name": "m"}, "branch": "run-1"}, "branch: expected an object, found str."),
+        ({"model": {"name": "m"}, "branch": {"checkpoint": "best"}}, "branch: Object missing required field `job_id`."),
+        (with_training(method="dpo", beta=0), "training.beta: Expected `float` > 0.0."),
         ({"model": {"name": "m"}, "samples": [{"answer": "a"}]}, "samples[0]: Object missing required field `prompt`."),
     ],
 )  # fmt: skip

@@ -1,11 +1,13 @@
 """One example of each message, and its bytes as they were first written.
 
 The bytes are in files beside this one and are never written again: what a peer of an older
-version sends must be read for ever. ``python -m tests.protocol.golden --write`` makes the files
-of examples that have none yet, and touches no other.
+version sends must be read for ever. A message that grew has a further example, `<name>.2`, `<name>.3`
+and so on, with what was appended. ``python -m tests.protocol.golden --write`` makes the files of
+examples that have none yet, and touches no other.
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,21 @@ import msgspec
 
 from protocol import messages, records, worker
 from protocol.failures import Evidence, Failure, FailureReason
-from protocol.jobspec import DataSpec, JobSpec, LoraSpec, ModelSpec, Quantization, SampleSpec, TrainingSpec
+from protocol.jobspec import (
+    BranchSpec,
+    DataSpec,
+    DpoSpec,
+    JobSpec,
+    LoraSpec,
+    Method,
+    ModelSpec,
+    Quantization,
+    SampleSpec,
+    TrainingSpec,
+)
 from protocol.messages import DatasetRef, Gpu, JobSeen, Machine, Offer, StreamAck, StreamHead
 from protocol.records import AnyRecord
-from protocol.worker import AnyEvent, AnyOrder, Limits, Parameters, Phase, Workspace
+from protocol.worker import AnyEvent, AnyOrder, Estimate, Limits, Parameters, Phase, Workspace
 
 FOLDER = Path(__file__).parent
 SHA = "0123456789abcdef" * 4
@@ -42,6 +55,21 @@ MACHINE = Machine(
     ["sft", "cpt"],
     {"eth0": "10.0.0.2"},
     2,
+)
+ESTIMATE = Estimate(
+    device="cuda:0",
+    device_gb=9.5,
+    host_gb=3.25,
+    disk_gb=2.5,
+    free_device_gb=23.0,
+    free_host_gb=10.0,
+    free_disk_gb=40.5,
+    step_seconds=0.5,
+    total_seconds=50.0,
+    total_steps=100,
+    parts={"weights": 6.5, "activations": 3.0},
+    advice=["4-bit quantisation would save 4.5 GB."],
+    fits=True,
 )
 HEAD = StreamHead(1, EPOCH, "job-1", 0, 5, 9)
 RECORDS: dict[str, AnyRecord] = {
@@ -84,7 +112,12 @@ RECORDS: dict[str, AnyRecord] = {
         records.Point(1.5, 2, 41, 1.23, 77, [None, 2.25], "improving"),
         records.Figures(1.5, {"cpu_percent": 12.5}),
         records.LogChunk(1.5, 2, 4096, ["a line", "\x1b[1mbold\x1b[0m"], 3),
+        records.JobEstimate(1.5, 2, ESTIMATE),
+        records.ResumeCheck(1.5, 2, 36, 40, False, 1.5e-8, "step 38: 2.25 then, 2.2500001 now"),
     )
+}
+GROWN_RECORDS: dict[str, AnyRecord] = {
+    "Checkpoint.2": msgspec.structs.replace(RECORDS["Checkpoint"], stall=0.25)
 }
 ODD_POINT = records.Point(1.5, 2, 42, 1.25, 77, [math.inf, math.nan, -math.inf])
 
@@ -130,6 +163,9 @@ FRAMES: dict[str, messages.AgentMessage | messages.HubMessage] = {
         messages.Bye("The machine goes to sleep.", 1700003600.0),
     )
 }
+GROWN_FRAMES: dict[str, messages.AgentMessage | messages.HubMessage] = {
+    "Desired.2": msgspec.structs.replace(FRAMES["Desired"], accept_changes=True)
+}
 SPEC = JobSpec(
     job_id="job-1",
     name="My job",
@@ -159,12 +195,39 @@ ORDERS: dict[str, AnyOrder] = {
         worker.SaveNow("c-1"),
         worker.EvaluateNow("c-2"),
         worker.Committed(17),
+        worker.Check(
+            SPEC,
+            Workspace(checkpoints="/c", output="/o", cache="/k", model="/m", data="/d"),
+            Limits(gpu_memory_fraction=0.5),
+        ),
     )
 }
-NEW_START = msgspec.structs.replace(
-    ORDERS["Start"], limits=Limits(gpu_memory_fraction=0.5, tokenizer_code=True)
-)
-"""With what was appended since the first version; the bytes of the example above lack it."""
+GROWN_ORDERS: dict[str, AnyOrder] = {
+    "Start.2": msgspec.structs.replace(
+        ORDERS["Start"], limits=Limits(gpu_memory_fraction=0.5, tokenizer_code=True)
+    ),
+    "Start.3": msgspec.structs.replace(
+        ORDERS["Start"],
+        spec=msgspec.structs.replace(
+            SPEC,
+            method=Method.DPO,
+            dpo=DpoSpec(beta=0.2, loss_type="ipo"),
+            data=DataSpec(path="rows.jsonl", streaming=True),
+            training=TrainingSpec(
+                max_steps=100,
+                metric_for_best="eval_rewards_accuracies",
+                load_best_at_end=True,
+                deterministic=True,
+                on_bad_loss="rewind",
+                spike_factor=4.0,
+                max_rewinds=2,
+            ),
+            branch=BranchSpec(job_id="job-0", checkpoint="best"),
+        ),
+        limits=Limits(verify_resume=5, background_saves=False, compress_checkpoints=True),
+        accept_changes=True,
+    ),
+}
 EVENTS: dict[str, AnyEvent] = {
     event.__class__.__name__: event
     for event in (
@@ -181,17 +244,36 @@ EVENTS: dict[str, AnyEvent] = {
         worker.Failed(FAILURE),
         worker.Note("warning", "No bf16 here; float32 is used."),
         worker.ParametersSet(41, Parameters(learning_rate=1e-5), "batch_size: too large."),
+        worker.Estimated(ESTIMATE),
+        worker.Verified(36, 40, False, 1.5e-8, "step 38: 2.25 then, 2.2500001 now"),
     )
 }
+GROWN_EVENTS: dict[str, AnyEvent] = {"Saved.2": msgspec.structs.replace(EVENTS["Saved"], stall=0.25)}
 
 
 def examples() -> dict[str, Any]:
     """Return each example under the name of its files."""
     return {
-        **{f"frame.{name}": value for name, value in FRAMES.items()},
-        **{f"record.{name}": value for name, value in RECORDS.items()},
+        **{f"frame.{name}": value for name, value in {**FRAMES, **GROWN_FRAMES}.items()},
+        **{f"record.{name}": value for name, value in {**RECORDS, **GROWN_RECORDS}.items()},
         "record.Point.odd": ODD_POINT,
-        **{f"order.{name}": value for name, value in ORDERS.items()},
-        "order.Start.2": NEW_START,
-        **{f"event.{name}": worker.Numbered(2, 7, value) for name, value in EVENTS.items()},
+        **{f"order.{name}": value for name, value in {**ORDERS, **GROWN_ORDERS}.items()},
+        **{
+            f"event.{name}": worker.Numbered(2, 7, value)
+            for name, value in {**EVENTS, **GROWN_EVENTS}.items()
+        },
     }
+
+
+def outgrown() -> set[str]:
+    """Return the names of the examples whose message has grown since: they are read, and written longer."""
+    newest: dict[str, int] = {}
+    for name in examples():
+        base, number = _split(name)
+        newest[base] = max(newest.get(base, 1), number)
+    return {name for name in examples() if _split(name)[1] < newest[_split(name)[0]]}
+
+
+def _split(name: str) -> tuple[str, int]:
+    found = re.fullmatch(r"(.+?)\.(\d+)", name)
+    return (found[1], int(found[2])) if found else (name, 1)
