@@ -197,8 +197,9 @@ class Curve(_Trainer):  # type: ignore[misc]
         progress.owed = None
         loss = measures["eval_loss"]
         job.inbox.evaluations.clear()
-        progress.add_eval_loss(loss, step, float(self.state.epoch or 0.0), job.schedule.threshold)
-        self._say_point(step, {**values, **measures, "perplexity": perplexity(loss)})
+        measures["perplexity"] = perplexity(loss)
+        progress.add_evaluation(measures, step, float(self.state.epoch or 0.0), job.schedule)
+        self._say_point(step, {**values, **measures})
         return True
 
     def _extra(self) -> dict[str, float]:

@@ -13,10 +13,44 @@ WINDOW = 10
 """Train losses that the trend is read from."""
 FEWEST = 5
 TOLERANCE = 0.05
+GREATER = ("rewards_accuracy", "rewards_margin", "rewards_chosen")
+"""Measures of which more is better."""
+
+
+TRAIL = 64
+"""Steps whose losses are kept one by one."""
+
+
+class Place(msgspec.Struct, kw_only=True):
+    """Where in the data training stands, and how many rows it takes at once. Counted in rows, so that the size
+    of a batch can change on the way."""
+
+    epoch: int = 0
+    rows: int = 0
+    """Rows of this epoch's order that are behind."""
+    micro: int = 0
+    """Rows of a micro-batch; 0: not begun."""
+    step_rows: int = 0
+    """Rows of an optimizer step: the effective batch."""
+    stream_rows: int = 0
+    """Rows of a stream, once it has been read to its end."""
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a step."""
+        return -(-self.step_rows // max(1, self.micro))
 
 
 class Progress(msgspec.Struct, kw_only=True):
     """What has been counted so far."""
+
+    place: Place = msgspec.field(default_factory=Place)
+    trail: list[tuple[int, float]] = []
+    """(step, loss) of the last steps, each by itself."""
+    fresh_at: int = -1
+    """The step at which this job last asked for a new process, whose memory is in one piece."""
+    eval_batch: int = 0
+    """Rows of a held-out batch, where fewer than the job's fitted; 0: the job's."""
 
     tokens_seen: int = 0
     elapsed: float = 0.0
@@ -33,6 +67,8 @@ class Progress(msgspec.Struct, kw_only=True):
     eval_step: int = -1
     """Step of the last evaluation."""
     initial_eval_loss: float | None = None
+    best_value: float | None = None
+    """Of the metric that the job names."""
     best_eval_loss: float | None = None
     best_step: int = 0
     best_epoch: float = 0.0
@@ -57,16 +93,26 @@ class Progress(msgspec.Struct, kw_only=True):
         self.train_loss = loss
         self.recent = [*self.recent, loss][-WINDOW:]
 
-    def add_eval_loss(self, loss: float, step: int, epoch: float, threshold: float) -> bool:
-        """Count an evaluation; return whether it is the best so far."""
-        self.eval_loss, self.eval_step = loss, step
-        before = self.best_eval_loss
-        improved = before is None or before - loss > threshold
+    def add_evaluation(
+        self, measures: dict[str, float], step: int, epoch: float, schedule: "Schedule"
+    ) -> bool:
+        """Count an evaluation; return whether it is the best so far, by the job's metric."""
+        value = measures[schedule.metric]
+        self.eval_loss, self.eval_step = measures["eval_loss"], step
+        # What is better is smaller from here on.
+        sign = -1.0 if schedule.metric in GREATER else 1.0
+        before = None if self.best_value is None else sign * self.best_value
+        improved = before is None or before - sign * value > schedule.threshold
         self.without_improvement = 0 if improved else self.without_improvement + 1
-        if not math.isfinite(loss) or (before is not None and loss >= before):
+        if not math.isfinite(value) or (before is not None and sign * value >= before):
             return False
-        self.best_eval_loss, self.best_step, self.best_epoch = loss, step, epoch
+        self.best_value, self.best_eval_loss = value, self.eval_loss
+        self.best_step, self.best_epoch = step, epoch
         return True
+
+    def add_steps(self, losses: list[tuple[int, float]]) -> None:
+        """Keep the losses of the newest steps."""
+        self.trail = [*self.trail, *losses][-TRAIL:]
 
     def trend(self) -> str:
         """Return improving, degrading, stable or insufficient_data: the newer half of the losses against the older."""
@@ -90,6 +136,13 @@ class Schedule(msgspec.Struct, kw_only=True):
     eval_steps: int
     patience: int | None
     threshold: float
+    metric: str = "eval_loss"
+    """By which the best checkpoint is chosen and early stopping counts."""
+    load_best: bool = False
+    """Whether the final model is made of the best checkpoint also after the last step."""
+    on_bad_loss: str = "fail"
+    spike_factor: float | None = None
+    max_rewinds: int = 3
 
     @classmethod
     def of(cls, training: TrainingSpec, limits: Limits) -> "Schedule":
@@ -102,6 +155,11 @@ class Schedule(msgspec.Struct, kw_only=True):
             eval_steps=training.eval_steps,
             patience=training.early_stopping_patience,
             threshold=training.early_stopping_threshold,
+            metric=training.metric_for_best,
+            load_best=training.load_best_at_end,
+            on_bad_loss=training.on_bad_loss,
+            spike_factor=training.spike_factor,
+            max_rewinds=training.max_rewinds,
         )
 
     def evaluates(self, step: int, epoch: float) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,21 +28,37 @@ def test_the_trend_sets_the_newer_half_against_the_older(losses: list[float], tr
     assert progress.trend() == trend
 
 
+def schedule(**changes: Any) -> Schedule:
+    return Schedule.of(TrainingSpec(**changes), Limits())
+
+
 def test_evaluations_without_improvement_are_counted() -> None:
     progress = Progress()
-    assert progress.add_eval_loss(3.0, 10, 0.1, 0.0)
-    assert not progress.add_eval_loss(3.5, 20, 0.2, 0.0)
-    assert not progress.add_eval_loss(math.nan, 30, 0.3, 0.0)
+    plan = schedule()
+    assert progress.add_evaluation({"eval_loss": 3.0}, 10, 0.1, plan)
+    assert not progress.add_evaluation({"eval_loss": 3.5}, 20, 0.2, plan)
+    assert not progress.add_evaluation({"eval_loss": math.nan}, 30, 0.3, plan)
     assert (progress.without_improvement, progress.best_eval_loss, progress.best_step) == (2, 3.0, 10)
-    assert progress.add_eval_loss(2.0, 40, 0.4, 0.0)
+    assert progress.add_evaluation({"eval_loss": 2.0}, 40, 0.4, plan)
     assert (progress.without_improvement, progress.best_eval_loss, progress.best_epoch) == (0, 2.0, 0.4)
 
 
 def test_an_improvement_below_the_threshold_is_the_best_but_does_not_count() -> None:
     progress = Progress()
-    progress.add_eval_loss(3.0, 10, 0.1, 0.1)
-    assert progress.add_eval_loss(2.95, 20, 0.2, 0.1)
+    plan = schedule(early_stopping_threshold=0.1)
+    progress.add_evaluation({"eval_loss": 3.0}, 10, 0.1, plan)
+    assert progress.add_evaluation({"eval_loss": 2.95}, 20, 0.2, plan)
     assert (progress.without_improvement, progress.best_step) == (1, 20)
+
+
+def test_the_best_is_chosen_by_the_metric_that_the_job_names() -> None:
+    progress = Progress()
+    plan = schedule(metric_for_best="rewards_accuracy")
+    assert progress.add_evaluation({"eval_loss": 0.7, "rewards_accuracy": 0.5}, 10, 0.1, plan)
+    assert progress.add_evaluation({"eval_loss": 0.9, "rewards_accuracy": 0.8}, 20, 0.2, plan)
+    assert not progress.add_evaluation({"eval_loss": 0.1, "rewards_accuracy": 0.6}, 30, 0.3, plan)
+    assert (progress.best_step, progress.best_eval_loss, progress.best_value) == (20, 0.9, 0.8)
+    assert progress.without_improvement == 1
 
 
 def test_counters_come_back_as_they_were_saved(tmp_path: Path) -> None:
