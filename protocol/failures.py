@@ -53,7 +53,16 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     step: int | None = None
     rows: list[int] = []
     device_memory_gb: float | None = None
+    """The trainer's peak, in GB of 2**30 bytes."""
     host_memory_gb: float | None = None
+    """The trainer's peak of resident memory."""
+    device_free_gb: float | None = None
+    """What was free at the time."""
+    host_free_gb: float | None = None
+    exits: list[str] = []
+    """How each trainer that was lost ended, the last one last."""
+    xid: int | None = None
+    """The newest critical error (XID) that the driver reported of the job's device."""
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -65,6 +74,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     evidence: Evidence | None = None
 
 
-def failure(reason: FailureReason, sentence: str, evidence: Evidence | None = None) -> Failure:
-    """Return a failure with the advice that belongs to its reason."""
-    return Failure(reason=reason, sentence=sentence, advice=ADVICE[reason], evidence=evidence)
+def failure(
+    reason: FailureReason, sentence: str, evidence: Evidence | None = None, advice: str = ""
+) -> Failure:
+    """Return a failure with ``advice``, or with that which belongs to its reason where there is none."""
+    return Failure(reason=reason, sentence=sentence, advice=advice or ADVICE[reason], evidence=evidence)

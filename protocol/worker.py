@@ -252,6 +252,8 @@ class Left(Event, frozen=True, array_like=True, tag=8):
 
     why: str
     step: int
+    need: int = 0
+    """Bytes of disk that it needs before it can go on (disk_full); 0: not known."""
 
 
 class Failed(Event, frozen=True, array_like=True, tag=9):

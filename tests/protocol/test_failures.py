@@ -26,3 +26,7 @@ def test_the_words_are_those_a_backend_relies_on() -> None:
         "device_memory", "host_memory", "disk_full", "non_finite_loss", "data", "model", "template", "spec",
         "permission", "checkpoint", "driver", "signal", "lost", "stalled", "internal",
     }  # fmt: skip
+
+
+def test_advice_with_figures_of_the_job_goes_before_the_general_one() -> None:
+    assert failure(FailureReason.DATA, "Row 57.", advice="Mend 3 rows.").advice == "Mend 3 rows."

@@ -248,7 +248,10 @@ EVENTS: dict[str, AnyEvent] = {
         worker.Verified(36, 40, False, 1.5e-8, "step 38: 2.25 then, 2.2500001 now"),
     )
 }
-GROWN_EVENTS: dict[str, AnyEvent] = {"Saved.2": msgspec.structs.replace(EVENTS["Saved"], stall=0.25)}
+GROWN_EVENTS: dict[str, AnyEvent] = {
+    "Saved.2": msgspec.structs.replace(EVENTS["Saved"], stall=0.25),
+    "Left.2": worker.Left("disk_full", 41, 300 << 20),
+}
 
 
 def examples() -> dict[str, Any]:
