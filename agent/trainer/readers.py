@@ -36,6 +36,8 @@ KNOWN_COLUMNS = frozenset(
         "prompt",
         "completion",
         "text",
+        "chosen",
+        "rejected",
     )
 )
 ACCEPTED = "JSONL, JSON, CSV or Parquet (each also gzipped), or a folder saved by `datasets`"
@@ -64,11 +66,11 @@ def unreadable(source: object, why: str, row: int | None = None) -> TrainerError
     return TrainerError(FailureReason.DATA, f"{where}: {why}", rows=None if row is None else [row])
 
 
-def open_rows(source: str, split: str, *, hub: bool, cache: Path) -> Iterator[Row]:
+def open_rows(source: str, split: str, *, hub: bool, cache: Path, streaming: bool = False) -> Iterator[Row]:
     """Yield the rows of ``source``: an absolute path, or else the name of a Hub data set."""
     path = Path(source)
     if not path.is_absolute():
-        return _hub_rows(source, split, hub)
+        return _hub_rows(source, split, hub, streaming)
     if not path.exists():
         raise unreadable(
             path, "there is no such file or folder. Check the job's data path and the agent's DATASETS_DIR."
@@ -344,7 +346,7 @@ def _saved_rows(path: Path, split: str) -> Iterator[Row]:
     yield from _dataset_rows(saved)
 
 
-def _hub_rows(name: str, split: str, allowed: bool) -> Iterator[Row]:
+def _hub_rows(name: str, split: str, allowed: bool, streaming: bool) -> Iterator[Row]:
     if not allowed:
         raise TrainerError(
             FailureReason.PERMISSION,
@@ -356,7 +358,7 @@ def _hub_rows(name: str, split: str, allowed: bool) -> Iterator[Row]:
 
     try:
         # Code from a data set is never run: this version of `datasets` has no switch for it any more.
-        loaded = datasets.load_dataset(name, split=split)
+        loaded = datasets.load_dataset(name, split=split, streaming=streaming)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, httpx.HTTPError) as exc:
         why = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         raise unreadable(
@@ -367,9 +369,10 @@ def _hub_rows(name: str, split: str, allowed: bool) -> Iterator[Row]:
 
 
 def _dataset_rows(dataset: Any) -> Iterator[Row]:
-    """Yield the rows of a `datasets.Dataset`, leaving pictures and sound undecoded."""
+    """Yield the rows of a `datasets` data set, leaving pictures and sound undecoded."""
     media = {"Image", "Audio", "Video", "Pdf"}
-    columns = [name for name, feature in dataset.features.items() if type(feature).__name__ not in media]
-    plain = dataset.select_columns(columns).with_format(None)
-    for number, value in enumerate(plain, 1):
+    if dataset.features is not None:  # a stream may not know them
+        columns = [name for name, feature in dataset.features.items() if type(feature).__name__ not in media]
+        dataset = dataset.select_columns(columns)
+    for number, value in enumerate(dataset.with_format(None), 1):
         yield Row(number, value)

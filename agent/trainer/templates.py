@@ -75,28 +75,31 @@ def require_end(tokenizer: Any) -> None:
         )
 
 
-def turns_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Return the conversation of a canonical row; None if it is plain text."""
+def conversations_of(row: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
+    """Return the conversations of a canonical row: two for a preference pair, none for plain text."""
     if "messages" in row:
-        return list(row["messages"])
+        return [list(row["messages"])]
     if isinstance(row.get("prompt"), list):
-        return [*row["prompt"], *row["completion"]]
-    return None
+        return [[*row["prompt"], *row[name]] for name in ("completion", "chosen", "rejected") if name in row]
+    return []
+
+
+def turns_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the (first) conversation of a canonical row; None if it is plain text."""
+    return next(iter(conversations_of(row)), None)
 
 
 def render_failure(tokenizer: Any, row: Mapping[str, Any]) -> str:
     """Return why the template cannot render ``row``; empty if it can."""
-    turns = turns_of(row)
-    if turns is None:
-        return ""
-    try:
-        tokenizer.apply_chat_template(turns, tools=tools_of(row), tokenize=False)
-    except RENDER_ERRORS as exc:
-        roles = ", ".join(turn["role"] for turn in turns[:6]) + (", ..." if len(turns) > 6 else "")
-        return (
-            f"the chat template cannot render this conversation (roles {roles}): {exc}. "
-            "Change the row, or give another tokenizer.chat_template."
-        )
+    for turns in conversations_of(row):
+        try:
+            tokenizer.apply_chat_template(turns, tools=tools_of(row), tokenize=False)
+        except RENDER_ERRORS as exc:
+            roles = ", ".join(turn["role"] for turn in turns[:6]) + (", ..." if len(turns) > 6 else "")
+            return (
+                f"the chat template cannot render this conversation (roles {roles}): {exc}. "
+                "Change the row, or give another tokenizer.chat_template."
+            )
     return ""
 
 
@@ -110,6 +113,8 @@ def coverage(tokenizer: Any, wanted: bool | None, rows: Sequence[Mapping[str, An
     """Say what the loss covers for data of which ``rows`` are a few; ``wanted`` is the job's assistant_only_loss."""
     first = rows[0]
     template = template_of(tokenizer) if turns_of(first) is not None else ""
+    if "chosen" in first:
+        return Coverage(False, "the chosen and the rejected answer", template)
     if "prompt" in first:
         # TRL leaves the prompt out of the loss of such rows by itself.
         return Coverage(False, "the completion", template)
@@ -177,13 +182,25 @@ def _mask_fault(tokenizer: Any, template: str | None, rows: Sequence[Mapping[str
 
 
 def count_tokens(tokenizer: Any, row: Mapping[str, Any], cover: Coverage) -> int:
-    """Return how many tokens ``row`` has."""
-    turns = turns_of(row)
-    if turns is None:
-        text = row["text"] if "text" in row else row["prompt"] + row["completion"]
-        # TRL ends plain text with the end-of-sequence token.
-        return len(tokenizer(text)["input_ids"]) + 1
-    encoded = tokenizer.apply_chat_template(
-        turns, tools=tools_of(row), chat_template=cover.template, tokenize=True, return_dict=True
+    """Return how many tokens ``row`` has; of a preference pair its longer side."""
+    conversations = conversations_of(row)
+    if conversations:
+        return max(
+            len(
+                tokenizer.apply_chat_template(
+                    turns,
+                    tools=tools_of(row),
+                    chat_template=cover.template,
+                    tokenize=True,
+                    return_dict=True,
+                )["input_ids"]
+            )
+            for turns in conversations
+        )
+    texts = (
+        [row["text"]]
+        if "text" in row
+        else [row["prompt"] + row[name] for name in ("completion", "chosen", "rejected") if name in row]
     )
-    return len(encoded["input_ids"])
+    # TRL ends plain text with the end-of-sequence token.
+    return max(len(tokenizer(text)["input_ids"]) for text in texts) + 1

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent.trainer import data
+from agent.trainer import tables
 from agent.trainer.data import Prepared, prepare
 from agent.trainer.errors import TrainerError
 from protocol.failures import FailureReason
@@ -292,7 +292,7 @@ def test_a_full_disk_is_said_to_be_one(desk: Desk, jsonl: Jsonl, monkeypatch: py
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(data.ArrowWriter, "write", full)
+    monkeypatch.setattr(tables.ArrowWriter, "write", full)
     error = desk.refusal(jsonl(text_rows(2)))
     assert error.reason is FailureReason.DISK_FULL
     assert "No space is left on the disk of" in str(error)
