@@ -8,7 +8,7 @@ import datasets
 import msgspec
 from datasets.exceptions import DatasetGenerationError
 
-from agent.trainer import data, inputs, memory, methods, samples
+from agent.trainer import data, determinism, fingerprints, inputs, memory, methods, samples
 from agent.trainer.checkpoint import BadCheckpoint, Checkpoints, Found, verify
 from agent.trainer.control import ControlledSFTTrainer
 from agent.trainer.errors import TrainerError
@@ -18,7 +18,7 @@ from agent.trainer.output import MERGED, Output
 from agent.trainer.progress import Progress, Schedule
 from agent.trainer.saving import Job
 from protocol.failures import FailureReason
-from protocol.jobspec import JobSpec
+from protocol.jobspec import JobSpec, Method
 from protocol.worker import Finished, Left, Note, Phase, Preparing, Ready, Start, Trained
 
 FLUSH_LIMIT = 60.0
@@ -61,9 +61,11 @@ class _Run:
         self.inbox = inbox
         self.checkpoints = Checkpoints(Path(start.workspace.checkpoints))
         self.progress = Progress()
+        self.facts: dict[str, str] = {}
 
     def go(self) -> None:
         self.inbox.listen()
+        self.facts = determinism.apply(self.spec)
         memory.apply_cap(self.start.limits)
         found = self._find_checkpoint()
         ground = self._load(found)
@@ -120,6 +122,7 @@ class _Run:
         if not Path(where).is_absolute():
             self._say(Phase.DOWNLOAD, f"Fetching {where} from the Hub, as far as it is not here yet.")
         tokenizer = load_tokenizer(spec, start.workspace, start.limits)
+        mark_of_tokenizer = fingerprints.tokenizer_mark(tokenizer)
         if spec.tokenizer.add_eos_token is False:
             self._note(
                 "warning",
@@ -134,15 +137,20 @@ class _Run:
         precision = choose_precision(spec, start.limits, self._note)
         loaded = load_model(spec, start.workspace, start.limits, precision, tokenizer)
         use_cache = bool(getattr(loaded.model.config, "use_cache", True))
-        marks = inputs.fingerprints(spec, prepared.fingerprint)
+        marks = fingerprints.marks(
+            spec, start.workspace, prepared, tokenizer, mark_of_tokenizer, loaded, precision
+        )
+        accepted: inputs.Accepted | None = None
         if found is not None:
-            inputs.check(found, spec, marks, self._note)
+            accepted = inputs.check(
+                found, spec, marks, self.progress, self._note, accept=start.accept_changes
+            )
             self._say(Phase.RESTORE, f"Going on from step {found.manifest.step}.")
         inbox.leave_if_told()
         args = methods.arguments(
             spec, precision, start.workspace.checkpoints, assistant_only=prepared.assistant_only
         )
-        chat = _is_chat(prepared.train)
+        chat = prepared.chat
         schedule = Schedule.of(spec.training, start.limits)
         job = Job(
             job_id=spec.job_id,
@@ -154,17 +162,20 @@ class _Run:
             parameters=self._live_parameters(schedule, found),
             ready=self._ready(prepared, found, loaded.facts),
             inputs=marks,
-            versions=inputs.versions(),
+            versions=fingerprints.versions(),
             resumed_from=found,
             stop_at_once=start.stop_at_once,
             before=lambda trainer: self._sample_before(trainer, tokenizer, chat),
         )
         try:
-            trainer = methods.build(spec, loaded, args, tokenizer, prepared.train, prepared.eval, job)
+            trainer = methods.build(
+                spec, loaded, args, tokenizer, prepared.train, prepared.eval, job, prepared.source
+            )
         except (DatasetGenerationError, StopIteration, IndexError) as error:
             raise self._no_rows(prepared) from error
-        rows = len(trainer.train_dataset)
-        if rows == 0:
+        if accepted is not None and accepted.needed:
+            trainer.add_callback(inputs.PutInForce(accepted))
+        if prepared.source is None and len(trainer.train_dataset) == 0:
             raise self._no_rows(prepared)
         if trainer.eval_dataset is not None and len(trainer.eval_dataset) == 0:
             self._note(
@@ -178,21 +189,21 @@ class _Run:
     def _no_rows(self, prepared: Any) -> TrainerError:
         return TrainerError(
             FailureReason.DATA,
-            f"None of the {len(prepared.train)} rows has a token to learn from within max_length "
+            f"None of the {prepared.rows} rows has a token to learn from within max_length "
             f"({self.spec.training.max_length}): their prompts alone fill it. Raise training.max_length.",
         )
 
     def _count_sizes(self, job: Job, trainer: ControlledSFTTrainer, prepared: Any) -> None:
         """Complete what Ready says with what is known once the trainer stands."""
         parameters = list(trainer.model.parameters())
-        rows = len(trainer.train_dataset)
         facts = dict(job.ready.facts)
+        rows = prepared.rows if prepared.source is not None else len(trainer.train_dataset)
         if self.spec.training.packing:
-            facts["packing"] = f"{len(prepared.train)} rows in {rows} sequences"
-        elif rows < len(prepared.train):
+            facts["packing"] = f"{prepared.rows} rows in {rows} sequences" if rows else "as the rows come"
+        elif rows < prepared.rows:
             self._note(
                 "warning",
-                f"{len(prepared.train) - rows} of {len(prepared.train)} rows are left out: their prompts alone fill "
+                f"{prepared.rows - rows} of {prepared.rows} rows are left out: their prompts alone fill "
                 f"max_length ({self.spec.training.max_length}).",
             )
         job.ready = msgspec.structs.replace(
@@ -210,7 +221,7 @@ class _Run:
             total_steps=0,
             total_epochs=0.0,
             start_step=0,
-            train_rows=len(prepared.train),
+            train_rows=prepared.rows,
             eval_rows=len(prepared.eval) if prepared.eval is not None else 0,
             device="",
             trainable_parameters=0,
@@ -220,11 +231,17 @@ class _Run:
             resumed_from=str(found.path) if found is not None else "",
             facts={
                 "method": str(self.spec.method),
+                **self._method_facts(),
                 **facts,
+                **self.facts,
                 **prepared.facts,
                 "adapter": f"LoRA, rank {self.spec.lora.r}" if self.spec.lora is not None else "none",
             },
         )
+
+    def _method_facts(self) -> dict[str, str]:
+        dpo = self.spec.dpo
+        return {"loss": f"{dpo.loss_type}, beta {dpo.beta:g}"} if self.spec.method is Method.DPO else {}
 
     def _live_parameters(self, schedule: Schedule, found: Found | None) -> Any:
         """Return the live parameters that are still to be put in force; those of the checkpoint are, or are put so.
@@ -259,7 +276,7 @@ class _Run:
         ]
 
     def _sample_after(self, ground: _Ground) -> list[dict[str, str | float]]:
-        chat = _is_chat(ground.prepared.train)
+        chat = ground.prepared.chat
         return [
             {**before, **self._answer(ground.trainer, ground.tokenizer, sample, chat, "after")}
             for sample, before in zip(self.spec.samples, self.progress.samples, strict=False)
@@ -328,8 +345,3 @@ class _Run:
 
     def _note(self, level: str, text: str) -> None:
         self.inbox.line.say(Note(level, text))
-
-
-def _is_chat(rows: datasets.Dataset) -> bool:
-    """Tell whether the rows are conversations, so that a prompt belongs into the chat template."""
-    return "messages" in rows.column_names or isinstance(rows[0].get("prompt"), list)
