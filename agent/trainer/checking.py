@@ -89,8 +89,11 @@ class Checker:
         self._settle(row)
         value = formats.canonical(row.value, self.format, self._chat)
         self.dropped |= row.value.keys() - formats.USED[self.format]
-        kinds = {str: "text", list: "turns"}
-        columns = tuple(f"{name} ({kinds[type(value[name])]})" for name in value if name != "tools")
+        columns = tuple(
+            f"{name} ({'turns' if isinstance(value[name], list) else 'text'})"
+            for name in value
+            if name != "tools"
+        )
         self._columns = self._columns or columns
         if columns != self._columns:
             raise BadRow(

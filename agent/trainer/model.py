@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from agent.trainer.errors import TrainerError
 from protocol.failures import FailureReason
-from protocol.jobspec import JobSpec, Quantization
+from protocol.jobspec import JobSpec, Method, Quantization
 from protocol.worker import Limits, Workspace
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -44,6 +44,8 @@ class Loaded:
 
     model: Any
     adapter: LoraConfig | None
+    reference: Any = None
+    """The model that preference training is held to, where taking the adapter off does not give it."""
     facts: dict[str, str] = field(default_factory=dict)
 
 
@@ -129,7 +131,11 @@ def load_model(
         held = quantization.quant_type if quantization.bits == 4 else "int8"
         facts["weights"] = held + (" with double quantisation" if quantization.double_quant else "")
     facts["attention"] = str(getattr(model.config, "_attn_implementation", "") or "eager")
-    return Loaded(model, lora_config(spec, model), facts)
+    adapter, reference = lora_config(spec, model), None
+    if spec.method is Method.DPO and adapter is None:
+        reference = load_base(spec, workspace, limits, precision.weights)
+        facts["reference"] = "the base model, held beside the one that is trained"
+    return Loaded(model, adapter, reference, facts)
 
 
 def load_base(
@@ -187,6 +193,12 @@ def lora_config(spec: JobSpec, model: Any) -> LoraConfig | None:
                 FailureReason.SPEC,
                 f"lora.target_modules: the model has no module named {', '.join(missing)}. "
                 f"It has {', '.join(known)}; or write all-linear.",
+            )
+        if heads := [t for t in lora.target_modules if t.rsplit(".", 1)[-1] == "lm_head"]:
+            raise TrainerError(
+                FailureReason.SPEC,
+                f"lora.target_modules: {heads[0]} cannot have an adapter, as its weights are multiplied with "
+                "directly. Name it in lora.modules_to_save to train it whole.",
             )
     return LoraConfig(
         task_type="CAUSAL_LM",

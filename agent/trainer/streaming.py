@@ -121,7 +121,7 @@ class Source:
             self._note(level, f"{self._source}, {sentence}")
 
 
-class Stream(torch.utils.data.IterableDataset[dict[str, Any]]):
+class Stream(torch.utils.data.IterableDataset):  # type: ignore[misc]
     """The rows of a `Source`, tokenised, with a digest that grows over the rows of a pass."""
 
     def __init__(self, rows: datasets.IterableDataset, source: Source) -> None:
