@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import msgspec
 from datasets.exceptions import DatasetGenerationError
 
