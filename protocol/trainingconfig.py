@@ -47,6 +47,7 @@ _SAME = {
     "early_stopping_patience",
     "early_stopping_threshold",
 }
+_SAME |= {"deterministic", "on_bad_loss", "spike_factor", "max_rewinds"}
 _OURS = {
     "method",
     "num_epochs",
@@ -62,13 +63,12 @@ _OURS = {
     "lora_config",
     "quantization",
 }
+_OURS |= {"beta", "loss_type", "use_streaming", "metric_for_best_model", "load_best_model_at_end"}
 _PASSED_OVER = {
     # Known to the platform, and without effect on what is trained here.
     "save_strategy",
     "pretokenize",
-    "use_streaming",
     "max_prompt_length",
-    "beta",
     "ppo_epochs",
     "clip_range",
     "clip_range_value",
@@ -78,7 +78,6 @@ _PASSED_OVER = {
     "local_rollout_forward_batch_size",
     "response_template",
     "disable_dropout",
-    "metric_for_best_model",
     "distributed",
     "checkpoint_resume",
     "tokenizer_padding_side",
@@ -151,6 +150,7 @@ _QUANT = {
     "bnb_4bit_compute_dtype",
     "bnb_4bit_use_double_quant",
 }
+_METRICS = {"loss": "eval_loss", "eval_rewards/accuracies": "eval_rewards_accuracy"}
 _FORMATS = {
     "sft": "auto",
     "auto": "auto",
@@ -216,15 +216,17 @@ def job_spec(job_id: str, config: Mapping[str, Any], dataset_path: str = "", nam
         "method": _method(training.get("method")),
         "model": _model(config, training),
         "tokenizer": _tokenizer(config),
-        "data": _data(config, data, dataset_path),
+        "data": _data(config, data, training, dataset_path),
         "training": _training(config, training),
         "output": _section(config, "output", "output"),
         "samples": config.get("samples") or [],
     }
     if config.get("branch") is not None:
         tree["branch"] = _section(config, "branch", "branch")
-    if training.get("beta") is not None and tree["method"] == Method.DPO:
-        tree["dpo"] = {"beta": training["beta"]}
+    if tree["method"] == Method.DPO:
+        kinds = training.get("loss_type")
+        kind = kinds[0] if isinstance(kinds, list) and len(kinds) == 1 else kinds
+        tree["dpo"] = _present({"beta": training.get("beta"), "loss_type": kind}, {"beta", "loss_type"})
     lora, written = _lora(config, training)
     if lora is not None:
         tree["lora"] = lora
@@ -253,6 +255,9 @@ def _written(
         "training.eval_strategy": f"training.{strategy}",
         "training.seed": "training.seed" if training.get("seed") is not None else "seed",
         "dpo.beta": "training.beta",
+        "dpo.loss_type": "training.loss_type",
+        "training.metric_for_best": "training.metric_for_best_model",
+        "training.load_best_at_end": "training.load_best_model_at_end",
         "data.eval_fraction": held_out,
         "data.path": "dataset_path" if data.get("path") is None else "data.path",
         "model.dtype": "model.dtype" if model.get("dtype") is not None else "model.torch_dtype",
@@ -314,8 +319,12 @@ def _tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
     return _present(section, _TOKENIZER)
 
 
-def _data(config: Mapping[str, Any], data: Mapping[str, Any], dataset_path: str) -> dict[str, Any]:
+def _data(
+    config: Mapping[str, Any], data: Mapping[str, Any], training: Mapping[str, Any], dataset_path: str
+) -> dict[str, Any]:
     tree = _present(data, {"split", "eval_path"})
+    # Streamed rows are not counted, so without a last step they are read as a table.
+    tree["streaming"] = bool(training.get("use_streaming") and training.get("max_steps"))
     tree["path"] = dataset_path or str(_first(data.get("path"), config.get("dataset_path")) or "")
     if data.get("max_samples"):
         tree["max_samples"] = data["max_samples"]
@@ -380,6 +389,10 @@ def _training(config: Mapping[str, Any], training: Mapping[str, Any]) -> dict[st
     strategy = _first(training.get("evaluation_strategy"), training.get("eval_strategy"))
     if strategy is not None:
         tree["eval_strategy"] = strategy
+    if metric := training.get("metric_for_best_model"):
+        tree["metric_for_best"] = _METRICS.get(str(metric), metric)
+    if training.get("load_best_model_at_end") is not None:
+        tree["load_best_at_end"] = training["load_best_model_at_end"]
     if tree.get("seed") is None and config.get("seed") is not None:
         tree["seed"] = config["seed"]
     if tree.get("dataloader_num_workers") == 0:

@@ -252,7 +252,32 @@ def test_a_template_of_a_method_that_cannot_run_is_refused_for_that(name: str) -
 def test_the_dpo_template_of_the_platform() -> None:
     job = made(TEMPLATES["dpo_standard"])
     assert (job.method, job.data.format, job.dpo) == (Method.DPO, DataFormat.PREFERENCE, DpoSpec(beta=0.1))
-    assert made(with_training(method="sft", beta=0.5)).dpo == DpoSpec()
+    assert made(with_training(method="sft", beta=0.5, loss_type="nll")).dpo == DpoSpec()
+    assert made(with_training(method="dpo", loss_type="ipo")).dpo == DpoSpec(loss_type="ipo")
+    assert made(with_training(method="dpo", beta=1, loss_type=["hinge"])).dpo.loss_type == "hinge"
+
+
+def test_rows_are_streamed_where_the_last_step_is_named() -> None:
+    assert made(with_training(use_streaming=True, max_steps=5)).data.streaming
+    assert not made(with_training(use_streaming=True)).data.streaming
+    assert not made(with_training(max_steps=5)).data.streaming
+
+
+def test_what_a_run_needs_to_survive_is_taken_over() -> None:
+    training = made(
+        with_training(
+            metric_for_best_model="eval_rewards/accuracies",
+            load_best_model_at_end=True,
+            deterministic=True,
+            on_bad_loss="rewind",
+            spike_factor=4,
+            max_rewinds=2,
+        )
+    ).training
+    assert (training.metric_for_best, training.load_best_at_end) == ("eval_rewards_accuracy", True)
+    assert (training.deterministic, training.on_bad_loss) == (True, "rewind")
+    assert (training.spike_factor, training.max_rewinds) == (4, 2)
+    assert made(with_training(metric_for_best_model="loss")).training.metric_for_best == "eval_loss"
 
 
 def test_a_job_that_begins_with_another_ones_checkpoint() -> None:
@@ -410,6 +435,7 @@ def test_a_name_may_stand_in_many_places() -> None:
         ({"model": {"name": "m"}, "branch": "run-1"}, "branch: expected an object, found str."),
         ({"model": {"name": "m"}, "branch": {"checkpoint": "best"}}, "branch: Object missing required field `job_id`."),
         (with_training(method="dpo", beta=0), "training.beta: Expected `float` > 0.0."),
+        (with_training(method="dpo", loss_type="nca"), "training.loss_type: Invalid enum value 'nca'."),
         ({"model": {"name": "m"}, "samples": [{"answer": "a"}]}, "samples[0]: Object missing required field `prompt`."),
     ],
 )  # fmt: skip
