@@ -1,0 +1,43 @@
+"""Whatever is done to a run, it goes on by itself and ends as one that was never touched."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.programs import ROOT, clean_env
+
+
+def chaos(folder: Path, *words: str, limit: float) -> list[dict[str, object]]:
+    """Run the suite and return the outcomes."""
+    told = folder / "told.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.chaos", "--json", str(told), *words],
+        cwd=ROOT,
+        env=clean_env(),
+        capture_output=True,
+        text=True,
+        timeout=limit,
+        check=False,
+    )
+    assert told.exists(), done.stderr[-4000:]
+    outcomes: list[dict[str, object]] = json.loads(told.read_text())
+    lost = [outcome for outcome in outcomes if not (outcome["resumed"] and outcome["same"])]
+    assert not lost, json.dumps(lost, indent=1)
+    assert done.returncode == 0
+    return outcomes
+
+
+def test_twenty_runs_are_harmed_and_none_is_lost(tmp_path: Path) -> None:
+    outcomes = chaos(tmp_path, "--kills", "20", "--seed", "7", limit=900)
+    assert len(outcomes) == 20
+    missed = [outcome for outcome in outcomes if not outcome["harmed"]]
+    assert not missed, "their moments never came"
+    assert len({outcome["kind"] for outcome in outcomes}) == 10, "the full disk needs a mount namespace"
+
+
+@pytest.mark.slow
+def test_two_hundred_runs_are_harmed_and_none_is_lost(tmp_path: Path) -> None:
+    assert len(chaos(tmp_path, "--kills", "200", "--seed", "11", limit=7200)) == 200
