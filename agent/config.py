@@ -99,6 +99,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """CPU threads of a trainer; 0 takes OMP_NUM_THREADS, else all cores but one where a job trains on the CPU."""
     devices: tuple[Device, ...] = ()
     """GPUs that jobs may use, by number or UUID, such as `0,1`; `cpu` for none; empty for all."""
+    host_memory_reserve_mb: Annotated[int, Meta(ge=0, le=1_000_000)] = 512
+    """Memory of the machine that stays free: with less left, the job that fills it is paused; 0 for no such watch."""
+    stall_factor: Annotated[float, Meta(ge=0, le=100_000)] = 20.0
+    """A trainer that makes no step in so many times the usual while is ended and started again; 0 for never."""
+    stall_min_seconds: Annotated[float, Meta(ge=1, le=86_400)] = 300.0
+    """The least while that counts as standing still, however quick the steps are."""
+    verify_resume: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    """After a resume, replay the last so many steps before it in a process beside, and say whether they are equal."""
     bad_key_sleep: Annotated[float, Meta(ge=0, le=86_400)] = 0.0
     """Seconds to wait before leaving when the backend refuses the key, so that restarts do not hammer it."""
     trainer_environment: dict[str, Secret] = {}

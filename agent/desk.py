@@ -100,7 +100,8 @@ class JobDesk:
     async def begin(self) -> None:
         """Let what the agent itself had paused go on, and start what can start."""
         self._begun = True
-        await self.insist(lambda: self._release(lambda job: bool(job.held)))
+        # What waits for the machine goes on when the machine has what it waits for; see `agent.guard`.
+        await self.insist(lambda: self._release(lambda job: bool(job.held) and not job.held_for))
 
     def job(self, job_id: str) -> Job:
         """Return the job; raises UnknownJob."""
@@ -266,10 +267,10 @@ class JobDesk:
         self.draining = True
         await self._hold_all(STOPPED)
 
-    async def _hold_all(self, why: str) -> None:
+    async def _hold_all(self, why: str, by: str = "agent") -> None:
         def hold_each(batch: Batch) -> None:
             for job_id in self.held:
-                self.take(batch, hold(self.jobs[job_id], why, now=self._clock()))
+                self.take(batch, hold(self.jobs[job_id], why, now=self._clock(), by=by))
 
         try:
             await self.transact(hold_each)
@@ -292,7 +293,7 @@ class JobDesk:
             return
         self._waiting_for_disk = True
         logger.error("{}; jobs are paused until there is room", error)
-        await self._hold_all(DISK_FULL)
+        await self._hold_all(DISK_FULL, by="disk")
         self._group.start_soon(self._until_there_is_room)
 
     async def _until_there_is_room(self) -> None:

@@ -1,7 +1,7 @@
 """What trainers say and how they end, on its way to the desk."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 import anyio
 import anyio.abc
@@ -9,6 +9,7 @@ import msgspec
 from loguru import logger
 
 from agent.core.effects import Effect, Report
+from agent.core.explain import Seen, enriched, is_final, no_room, room_needed, verdict
 from agent.core.intake import gone, hear
 from agent.core.job import Job, react
 from agent.core.outbox import Points
@@ -17,7 +18,7 @@ from agent.ledger import Batch
 from agent.runtime.journal import JournalFull
 from agent.runtime.redact import Redactor
 from agent.runtime.supervisor import Exited, Fact, Heard, Misbehaved
-from protocol.failures import FailureReason, failure
+from protocol.failures import Evidence, FailureReason, failure
 from protocol.lifecycle import IllegalTransition, Trigger
 from protocol.messages import Lane
 from protocol.records import Notice, Point
@@ -52,6 +53,12 @@ class Hearing:
         self._clock = clock
         self._points = Points()
         self._faults: dict[tuple[str, int], str] = {}
+        self._seen: dict[tuple[str, int], Seen] = {}
+        self.look: Callable[[str, int], Awaitable[Seen]] = _unseen
+        """Says what was seen of the machine in the last moments; see `agent.guard`."""
+        self.on_event: Callable[[str, int, AnyEvent], None] = lambda job_id, attempt, event: None
+        self.where = "CHECKPOINTS_DIR"
+        """The folders whose disk jobs write to."""
 
     async def run(self, facts: anyio.abc.ObjectReceiveStream[Fact]) -> None:
         """Take what the supervisor tells, as much at once as is there, for ever."""
@@ -68,8 +75,12 @@ class Hearing:
             ended = [fact for fact in taken if isinstance(fact, Exited)]
             for fact in ended:
                 taken[taken.index(fact) : taken.index(fact)] = await self._left_behind(fact.job_id)
+            for one in taken:
+                if isinstance(one, Exited) or _is_failure(one):
+                    self._seen[one.job_id, one.attempt] = await self.look(one.job_id, one.attempt)
             # Nothing is lost while the disk is full: the trainer keeps what is not committed.
             await self._take_in(taken)
+            self._seen.clear()
             for fact in ended:
                 await self._forget(fact.job_id)
 
@@ -80,13 +91,17 @@ class Hearing:
         """Take in what the trainer of an earlier agent left behind, now that its process is gone."""
         facts = await self._left_behind(job_id)
         words = [fact.numbered.event for fact in facts if isinstance(fact.numbered.event, Left)]
-        left = words[-1].why if words else "parent_lost"
+        left = words[-1] if words else Left("parent_lost", 0)
         await self._take_in(facts)
+        seen = await self.look(job_id, 0)
 
         def end(batch: Batch) -> None:
             batch.freed.add(job_id)
             job = self._desk.jobs[job_id]
-            self._desk.take(batch, gone(job, job.attempt, left=left, why=why, now=self._clock()))
+            room = room_needed(job, left.need, seen.disk_free)
+            said = no_room(room, seen.disk_free, self.where) if left.why == "disk_full" else why
+            outcome = gone(job, job.attempt, left=left.why, why=said, now=self._clock(), room=room)
+            self._desk.take(batch, outcome)
 
         await self._desk.insist(lambda: self._desk.transact(end))
         await self._forget(job_id)
@@ -135,7 +150,10 @@ class Hearing:
         return react(job, Trigger.FAULT, now=self._clock(), by="agent", failure=cause)
 
     def _heard(self, batch: Batch, job: Job, fact: Heard, points: list[tuple[str, Metrics]]) -> None:
-        numbered = msgspec.structs.replace(fact.numbered, event=self._clean(fact.numbered.event))
+        said = self._clean(fact.numbered.event)
+        if isinstance(said, Failed):
+            said = Failed(enriched(job, said.failure, self._seen.get((job.job_id, fact.attempt), Seen())))
+        numbered = msgspec.structs.replace(fact.numbered, event=said)
         outcome = hear(job, numbered, now=self._clock())
         if numbered.attempt == job.attempt:
             # Also for old news: the trainer repeats it because our answer was lost.
@@ -144,6 +162,7 @@ class Hearing:
             return
         self._desk.take(batch, outcome)
         event = numbered.event
+        self.on_event(job.job_id, job.attempt, event)
         if isinstance(event, Metrics):
             points.append((job.job_id, event))
             batch.points.append((job.job_id, job.attempt, event.step, msgspec.msgpack.encode(event)))
@@ -154,13 +173,41 @@ class Hearing:
 
     def _exited(self, batch: Batch, job: Job, fact: Exited) -> None:
         batch.freed.add(job.job_id)
-        sentence = self._faults.get((job.job_id, fact.attempt), "")
-        cause = failure(FailureReason.INTERNAL, sentence) if sentence else None
-        why = fact.sentence or "The trainer ended without a word."
-        now = self._clock()
-        job, effects = gone(job, fact.attempt, left=fact.left, why=why, now=now, failure=cause)
+        seen = self._seen.get((job.job_id, fact.attempt), Seen())
+        now, why, room = self._clock(), fact.sentence or "The trainer ended without a word.", 0
+        cause, reason, evidence = None, FailureReason.LOST, Evidence()
+        if sentence := self._faults.pop((job.job_id, fact.attempt), ""):
+            cause = enriched(job, failure(FailureReason.INTERNAL, sentence), seen)
+        elif fact.left == "disk_full":
+            room = room_needed(job, fact.need, seen.disk_free)
+            why = no_room(room, seen.disk_free, self.where)
+        elif not fact.left:
+            reason, why = verdict(job, why, fact.signal, fact.forced, seen)
+            told = enriched(job, failure(reason, why), seen)
+            evidence = told.evidence or evidence
+            cause = told if is_final(reason, seen) else None
+        job, effects = gone(
+            job,
+            fact.attempt,
+            left=fact.left,
+            why=why,
+            now=now,
+            failure=cause,
+            reason=reason,
+            evidence=evidence,
+            room=room,
+        )
         if not fact.released:
             logger.warning("job {}: {}", job.job_id, NOT_PROVED)
             notice = Notice(now, "warning", NOT_PROVED, job.attempt)
             effects = [*effects, Report(job.job_id, Lane.CONTROL, notice)]
         self._desk.take(batch, (job, effects))
+
+
+async def _unseen(job_id: str, attempt: int) -> Seen:
+    """Stand in where nobody looks at the machine."""
+    return Seen()
+
+
+def _is_failure(fact: Fact) -> bool:
+    return isinstance(fact, Heard) and isinstance(fact.numbered.event, Failed)

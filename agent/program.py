@@ -16,6 +16,7 @@ from agent.core.ports import Health
 from agent.desk import JobDesk
 from agent.doors import Doors
 from agent.errors import Exit
+from agent.guard import Guard
 from agent.hearing import Hearing, cleaned
 from agent.launch import Launching
 from agent.ledger import Ledger
@@ -25,6 +26,7 @@ from agent.runtime.journal import Journal
 from agent.runtime.redact import Redactor
 from agent.runtime.supervisor import Fact, Supervisor
 from agent.watch import Watch
+from agent.witness import Witness
 from protocol.lifecycle import JobState
 from protocol.version import AGENT_VERSION
 
@@ -69,12 +71,18 @@ class Program:
         self.desk.launcher = self.launching
         self.hearing = Hearing(self.desk, lambda event: cleaned(event, self.redactor, settings.share_logs))
         self.launching.bury = self.hearing.bury
+        self.witness = Witness(self.desk, settings, self.redactor)
+        self.guard = Guard(self.desk, settings, self.redactor, self.witness)
+        self.hearing.look = self.guard.seen
+        self.hearing.on_event = self.guard.heard
+        self.hearing.where = self.witness.where
         self.desk.on_change = lambda job, _: self.watch.printing(job)
         self.doors = Doors(
             self.desk,
             health=self.health,
             read_log=self.watch.read_log,
             list_checkpoints=self.launching.list_checkpoints,
+            pin=self.launching.pin,
             datasets_dir=settings.datasets_dir,
         )
 
@@ -101,7 +109,7 @@ class Program:
 
     async def begin(self, group: anyio.abc.TaskGroup) -> None:
         """Look at the machine, bury what an earlier agent left, and let jobs start."""
-        await self.watch.look()
+        self.witness.know(await self.watch.look())
         self.desk.devices = self.watch.devices(self._base_env.get("CUDA_VISIBLE_DEVICES"))
         await anyio.to_thread.run_sync(self.launching.prune)
         await self.desk.begin()
@@ -109,6 +117,7 @@ class Program:
             self.watch.printing(self.desk.job(job_id))
             group.start_soon(self.launching.take_over, job_id)
         group.start_soon(self.watch.follow_logs)
+        group.start_soon(self.guard.run)
         if self.settings.warm_trainer:
             group.start_soon(self.launching.keep_warm)
 

@@ -49,6 +49,9 @@ OTHER = {
     "OUTBOX_MAX_MB": "64",
     "TRAINER_THREADS": "2",
     "DEVICES": "1,GPU-5ab3-77",
+    "HOST_MEMORY_RESERVE_MB": "0",
+    "STALL_FACTOR": "2.5",
+    "STALL_MIN_SECONDS": "9",
     "BAD_KEY_SLEEP": "60",
 }
 

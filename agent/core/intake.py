@@ -5,9 +5,8 @@ from typing import assert_never
 import msgspec
 
 from agent.core.effects import Effect, Report
-from agent.core.job import Job, lost, react, report
-from agent.core.outbox import WORD, cut
-from protocol.failures import Failure
+from agent.core.job import Job, fresh, lost, note, react, report, rest
+from protocol.failures import Evidence, Failure, FailureReason
 from protocol.lifecycle import HAS_WORKER, TERMINAL, JobState, Trigger
 from protocol.messages import Lane
 from protocol.records import (
@@ -15,7 +14,6 @@ from protocol.records import (
     Checkpoint,
     JobEstimate,
     JobFacts,
-    Notice,
     ParametersApplied,
     Result,
     ResumeCheck,
@@ -37,8 +35,6 @@ from protocol.worker import (
     Verified,
     Warm,
 )
-
-NOTES_KEPT = 50
 
 
 def hear(job: Job, numbered: Numbered, *, now: float) -> tuple[Job, list[Effect]] | None:
@@ -75,7 +71,14 @@ def _heard(job: Job, event: AnyEvent, now: float) -> tuple[Job, list[Effect]]:
         case Ready():
             return _ready(job, event, now)
         case Saved():
-            job = msgspec.structs.replace(job, saved_step=event.step, losses=0)
+            job = msgspec.structs.replace(
+                job,
+                saved_step=event.step,
+                saved_bytes=event.size,
+                losses=0,
+                exits=[],
+                accept_changes=False,
+            )
             name = event.path.replace("\\", "/").rstrip("/").rpartition("/")[2]
             record = Checkpoint(
                 now,
@@ -100,10 +103,8 @@ def _heard(job: Job, event: AnyEvent, now: float) -> tuple[Job, list[Effect]]:
         case Failed(failure=failure):
             return react(job, Trigger.FAULT, now=now, by="agent", failure=failure)
         case Note(level=level, text=text):
-            text = cut(text, WORD)
-            kept = [*job.notes, text][-NOTES_KEPT:]
-            notice = Notice(now, "warning" if level == "warning" else "info", text, job.attempt)
-            return msgspec.structs.replace(job, notes=kept), [_control(job, notice)]
+            job, notice = note(job, "warning" if level == "warning" else "info", text, now=now)
+            return job, [notice]
         case ParametersSet(step=at, parameters=parameters, refused=refused):
             job = msgspec.structs.replace(
                 job,
@@ -192,12 +193,22 @@ def _finished(job: Job, event: Finished, now: float) -> tuple[Job, list[Effect]]
 
 
 def gone(
-    job: Job, attempt: int, *, left: str, why: str, now: float, failure: Failure | None = None
+    job: Job,
+    attempt: int,
+    *,
+    left: str,
+    why: str,
+    now: float,
+    failure: Failure | None = None,
+    reason: FailureReason = FailureReason.LOST,
+    evidence: Evidence | None = None,
+    room: int = 0,
 ) -> tuple[Job, list[Effect]]:
     """Return the job after its process has ended, all its events heard and its memory free.
 
     ``left`` is what the process said it left for, "" where it said nothing; ``why`` describes its
-    end; ``failure`` is set when it had to be ended for what it did.
+    end, ``reason`` and ``evidence`` are what was found out about it; ``failure`` is set when it had to be
+    ended for what it did; ``room`` is what must be free before one that left for a full disk can go on.
     """
     if attempt != job.attempt or job.state not in HAS_WORKER:
         return job, []
@@ -205,6 +216,13 @@ def gone(
         return react(job, Trigger.RELEASED, now=now)
     if failure is not None:
         return react(job, Trigger.FAULT, now=now, by="agent", failure=failure)
-    if left == "paused" and job.state is JobState.PAUSING:
-        return react(job, Trigger.RELEASED, now=now, detail=job.detail)
-    return lost(job, now=now, why=why, counts=left not in ("parent_lost", "paused", "cancelled"))
+    match left:
+        case "paused" if job.state is JobState.PAUSING:
+            return react(job, Trigger.RELEASED, now=now, detail=job.detail)
+        case "disk_full":
+            return rest(job, "disk", why, room=room, now=now)
+        case "fresh_process":
+            return fresh(job, now=now)
+        case _:
+            counts = left not in ("parent_lost", "paused", "cancelled")
+            return lost(job, now=now, why=why, counts=counts, reason=reason, evidence=evidence)

@@ -1,9 +1,12 @@
 """One job: what is remembered of it, and what each trigger makes of it."""
 
+from typing import Literal
+
 import msgspec
 
 from agent.core.effects import Ask, Effect, EndWorker, Report, StartWorker
-from protocol.failures import Failure, FailureReason
+from agent.core.outbox import WORD, cut
+from protocol.failures import Evidence, Failure, FailureReason
 from protocol.failures import failure as failed_for
 from protocol.lifecycle import (
     HAS_WORKER,
@@ -15,16 +18,36 @@ from protocol.lifecycle import (
     pursue,
 )
 from protocol.messages import Lane
-from protocol.records import JobStatus
+from protocol.records import JobStatus, Notice
 from protocol.worker import Cancel, Estimate, Parameters, Pause, Stop, Verified
 
 LOSSES_ALLOWED = 3
 """Lost workers in a row without a new good checkpoint, before the job fails."""
+FRESH_ALLOWED = 3
+"""Times that a worker may ask for a fresh process at one and the same step."""
+MEMORY_PAUSES = 3
+"""Times in a row that a job goes on by itself after it was paused for lack of host memory."""
+MEMORY_CALM = 3600.0
+"""Seconds between two such pauses after which the first counts no more."""
+NOTES_KEPT = 50
+BY_HAND = ("user", "owner")
 CANCEL_GRACE = 5.0
 """Seconds a worker has to leave by itself after a cancel; it has nothing to save."""
 FAULT_GRACE = 10.0
 PREPARING_GRACE = 10.0
 """Seconds a worker that has not stepped yet has to leave by itself when it is paused."""
+
+
+FREE: dict[str, object] = {"held": "", "held_for": "", "room": 0}
+UNTRIED: dict[str, object] = {
+    "losses": 0,
+    "exits": [],
+    "stalled_step": -1,
+    "fresh_step": -1,
+    "fresh_count": 0,
+    "memory_pauses": 0,
+}
+"""The counts of what went wrong, as they are before an attempt was made."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -51,16 +74,34 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     by: str = "user"
     held: str = ""
     """Why the agent itself paused the job (shutdown, disk); it goes on when that has passed."""
+    held_for: str = ""
+    """disk or memory: what the job waits for while it is held. Whoever resumes it by hand goes before that."""
+    room: int = 0
+    """Bytes of that which must be free before it goes on by itself; 0: never by itself."""
+    memory_pauses: int = 0
+    memory_paused_at: float = 0.0
     detail: str = ""
     phase: str = ""
     attempt: int = 0
     heard: int = 0
     """Newest event of this attempt that is committed."""
     losses: int = 0
+    exits: list[str] = []
+    """How the workers that count as lost ended."""
+    stalled_step: int = -1
+    """The step at which a worker last stood still for too long."""
+    fresh_step: int = -1
+    fresh_count: int = 0
+    saved_bytes: int = 0
+    """Of the newest checkpoint."""
     stop_asked: int = 0
     """The attempt whose worker was asked to stop early."""
     checkpoint: str = ""
     """Where the next attempt starts: "" = newest good, "best", or a path."""
+    accept_changes: bool = False
+    """The user's word for the next start: go on although inputs have changed. Spent with the next checkpoint."""
+    branched_from: str = ""
+    """The job that this one begins with a checkpoint of."""
     device: str = ""
     worker_pid: int = 0
     worker_created: float = 0.0
@@ -156,9 +197,9 @@ def step(
         case JobState.CANCELLING:
             effects += [Ask(job.job_id, Cancel()), EndWorker(job.job_id, CANCEL_GRACE)]
         case JobState.QUEUED:
-            change |= {"completed_at": None, "held": ""}
+            change |= {"completed_at": None, **FREE}
             if trigger is Trigger.RETRY:
-                change |= {"want": Want.RUN, "failure": None, "losses": 0}
+                change |= {"want": Want.RUN, "failure": None, **UNTRIED}
         case JobState.FAILED:
             change |= {"failure": failure, "detail": detail or (failure.sentence if failure else "")}
             if held:
@@ -166,7 +207,7 @@ def step(
         case _:
             pass
     if state in TERMINAL:
-        change |= {"completed_at": now, "held": ""}
+        change |= {"completed_at": now, **FREE}
     new = msgspec.structs.replace(job, **change)
     return new, [report(new, now), *effects]
 
@@ -176,7 +217,9 @@ def settle(job: Job, *, now: float, by: str = "") -> tuple[Job, list[Effect]]:
     effects: list[Effect] = []
     while (trigger := pursue(job.state, job.want)) is not None:
         if job.held and trigger is Trigger.RESUME:
-            break
+            if not (job.held_for and by in BY_HAND):
+                break
+            job = msgspec.structs.replace(job, memory_pauses=0)
         job, more = step(job, trigger, now=now, by=by or job.want_by)
         effects += more
     if job.want is Want.STOP and job.state is JobState.RUNNING and job.stop_asked != job.attempt:
@@ -200,31 +243,121 @@ def react(
     return job, effects + more
 
 
-def hold(job: Job, why: str, *, now: float) -> tuple[Job, list[Effect]]:
-    """Pause a job for a reason of the agent's own; what the user wants of it stays as it is."""
-    if job.state not in (JobState.PREPARING, JobState.RUNNING, JobState.PAUSING):
+def note(job: Job, level: Literal["info", "warning"], text: str, *, now: float) -> tuple[Job, Report]:
+    """Return the job with a sentence for the user kept, and the effect that tells it."""
+    text = cut(text, WORD)
+    kept = [*job.notes, text][-NOTES_KEPT:]
+    told = Notice(now, level, text, job.attempt)
+    return msgspec.structs.replace(job, notes=kept), Report(job.job_id, Lane.CONTROL, told)
+
+
+# Pausing for reasons of the agent's own
+
+
+def hold(
+    job: Job, why: str, *, now: float, cause: str = "", room: int = 0, by: str = ""
+) -> tuple[Job, list[Effect]]:
+    """Pause a job for a reason of the agent's own; what the user wants of it stays as it is.
+
+    ``cause`` is disk or memory where it waits until ``room`` bytes of that are free.
+    """
+    if job.state not in (JobState.PREPARING, JobState.RUNNING, JobState.PAUSING) or job.held_for:
         return job, []
-    job = msgspec.structs.replace(job, held=why)
-    return step(job, Trigger.PAUSE, now=now, by="agent", detail=why)
+    job = msgspec.structs.replace(job, held=why, held_for=cause, room=room)
+    return step(job, Trigger.PAUSE, now=now, by=by or cause or "agent", detail=why)
 
 
-def unhold(job: Job, *, now: float) -> tuple[Job, list[Effect]]:
-    """Let a job go on that the agent itself had paused."""
-    return settle(msgspec.structs.replace(job, held=""), now=now, by="agent")
+def unhold(job: Job, *, now: float, why: str = "") -> tuple[Job, list[Effect]]:
+    """Let a job go on that the agent itself had paused; ``why`` is told to the user."""
+    by = job.held_for or "agent"
+    job, effects = settle(msgspec.structs.replace(job, **FREE), now=now, by=by)
+    if not why:
+        return job, effects
+    job, told = note(job, "info", why, now=now)
+    return job, [*effects, told]
 
 
-def lost(job: Job, *, now: float, why: str, counts: bool = True) -> tuple[Job, list[Effect]]:
+def short_of_memory(job: Job, why: str, *, room: int, now: float) -> tuple[Job, list[Effect]]:
+    """Pause a job before the machine runs out of memory; after a few such pauses in a row, for good."""
+    calm = now - job.memory_paused_at > MEMORY_CALM
+    pauses = 1 if calm else job.memory_pauses + 1
+    if pauses > MEMORY_PAUSES:
+        room = 0
+        why += (
+            f" It was paused for this {MEMORY_PAUSES} times before and filled the memory again, so it stays "
+            "paused until somebody resumes it."
+        )
+    new, effects = hold(job, why, now=now, cause="memory", room=room)
+    if new is job:
+        return job, []
+    return msgspec.structs.replace(new, memory_pauses=pauses, memory_paused_at=now), effects
+
+
+def rest(job: Job, cause: str, why: str, *, room: int, now: float) -> tuple[Job, list[Effect]]:
+    """Return a job whose worker has left for lack of ``cause`` (disk): paused until ``room`` bytes are free."""
+    behind = job.step - job.saved_step
+    if behind > 0:
+        why = f"{why} The last good checkpoint is {behind} steps back."
+    if job.state is JobState.PAUSING and job.want is Want.PAUSE:
+        # It was to be paused anyway: who asked for that may end it.
+        return react(job, Trigger.RELEASED, now=now, detail=why)
+    path = {JobState.PAUSING: [], JobState.FINISHING: [Trigger.WORKER_LOST]}.get(job.state, [Trigger.PAUSE])
+    effects: list[Effect] = []
+    last = Trigger.PAUSE if job.state is JobState.FINISHING else Trigger.RELEASED
+    for trigger in [*path, last]:
+        job, more = step(job, trigger, now=now, by=cause, detail=why)
+        # The worker is gone: there is nobody to be asked for anything.
+        effects += [effect for effect in more if isinstance(effect, Report)]
+    job = msgspec.structs.replace(job, held=why, held_for=cause, room=room)
+    job, more = settle(job, now=now)
+    return job, [*effects, *more]
+
+
+def fresh(job: Job, *, now: float) -> tuple[Job, list[Effect]]:
+    """Return a job whose worker has saved and left in order to go on in a process with its memory in one piece."""
+    count = job.fresh_count + 1 if job.step == job.fresh_step else 1
+    job = msgspec.structs.replace(job, fresh_step=job.step, fresh_count=count)
+    if count > FRESH_ALLOWED and job.state is not JobState.PAUSING:
+        sentence = f"The device's memory did not suffice for step {job.step + 1}, in {FRESH_ALLOWED} fresh processes either."
+        cause = failed_for(FailureReason.DEVICE_MEMORY, sentence)
+        return react(job, Trigger.FAULT, now=now, by="agent", failure=cause)
+    why = f"The device's memory was in pieces at step {job.step}: training goes on in a fresh process."
+    job, told = note(job, "info", why, now=now)
+    trigger = Trigger.RELEASED if job.state is JobState.PAUSING else Trigger.WORKER_LOST
+    job, effects = react(job, trigger, now=now, by="agent", detail=why)
+    return job, [told, *effects]
+
+
+def lost(
+    job: Job,
+    *,
+    now: float,
+    why: str,
+    counts: bool = True,
+    reason: FailureReason = FailureReason.LOST,
+    evidence: Evidence | None = None,
+) -> tuple[Job, list[Effect]]:
     """Return the job after its worker ended without a word: another attempt, or the end of patience.
 
-    ``counts`` is False when the loss is no sign against the job: the agent itself was restarted.
+    ``counts`` is False when the loss is no sign against the job: the agent itself was restarted. ``reason``
+    is what the failure will be called: also killed by a signal, for lack of memory, by the driver, or stalled.
     """
-    losses = job.losses + 1 if counts else job.losses
     behind = job.step - job.saved_step
-    job = msgspec.structs.replace(job, losses=losses)
-    if losses >= LOSSES_ALLOWED and job.state in (JobState.PREPARING, JobState.RUNNING, JobState.FINISHING):
-        reason = FailureReason.LOST
-        sentence = f"The trainer was lost {losses} times without a new checkpoint; the last time: {why}"
-        return react(job, Trigger.FAULT, now=now, by="agent", failure=failed_for(reason, sentence))
+    again = reason is FailureReason.STALLED and job.step <= job.stalled_step
+    if counts:
+        job = msgspec.structs.replace(job, losses=job.losses + 1, exits=[*job.exits, why][-LOSSES_ALLOWED:])
+    if reason is FailureReason.STALLED:
+        job = msgspec.structs.replace(job, stalled_step=job.step)
+    over = job.losses >= LOSSES_ALLOWED or again
+    if over and job.state in (JobState.PREPARING, JobState.RUNNING, JobState.FINISHING):
+        if again:
+            sentence = f"Training stood still twice without any progress; the last time: {why}"
+        else:
+            sentence = (
+                f"The trainer was lost {job.losses} times without a new checkpoint; the last time: {why}"
+            )
+        seen = msgspec.structs.replace(evidence or Evidence(), exits=job.exits, step=job.step)
+        return react(job, Trigger.FAULT, now=now, by="agent", failure=failed_for(reason, sentence, seen))
     detail = why
     if job.state is JobState.PAUSING and behind > 0:
         detail = f"{why} Paused at the last good checkpoint, {behind} steps back."

@@ -38,6 +38,8 @@ def main(plan: Plan, orders: ByteQueue, events: ByteQueue) -> None:
         os.setsid()
     claim_output(plan.log)
     faulthandler.enable()
+    # The agent asks a trainer that stands still where it stands; the answer goes to the log.
+    faulthandler.register(signal.SIGUSR1)
     # Ctrl-C belongs to the agent, which blocked it while this process was on its way here.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -84,6 +84,11 @@ def free_memory(index: int) -> int | None:
     return nvml.read("nvmlDeviceGetMemoryInfo", index, part="free")
 
 
+def faults() -> list[GpuFault]:
+    """Take the critical errors that the driver reported since the last call (Linux)."""
+    return _nvml().faults()
+
+
 class Sampler:
     """Figures of CPU, memory, disk, network, power and GPUs. Rates are since the sample before."""
 
@@ -157,10 +162,6 @@ class Sampler:
             values[name + "power_w"] = None if milliwatts is None else milliwatts / 1000
             values[name + "fan_percent"] = nvml.read("nvmlDeviceGetFanSpeed", index)
         return {name: float(value) for name, value in values.items() if value is not None}
-
-    def faults(self) -> list[GpuFault]:
-        """Take the critical errors that the driver reported since the last call (Linux)."""
-        return self._nvml.faults()
 
 
 class _Nvml:
@@ -252,6 +253,11 @@ class _Nvml:
 def _nvml() -> _Nvml:
     """Return this process's NVML: it is initialised once per process."""
     return _Nvml()
+
+
+def free_disk(paths: Sequence[Path]) -> int:
+    """Return the free bytes of the disk under ``paths`` that has the least room."""
+    return _fullest_disk(paths)[1]
 
 
 def _fullest_disk(paths: Sequence[Path]) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """Starts, asks, stops and buries trainers, and says what became of them as facts."""
 
 import os
-import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import msgspec
 from anyio.streams.memory import MemoryObjectSendStream
 
 from agent.runtime.boot import Plan
+from agent.runtime.ending import log_tail, sentence
 from agent.runtime.process import Child, Identity
 from protocol.worker import (
     AnyOrder,
@@ -28,8 +28,6 @@ from protocol.worker import (
     event_decoder,
 )
 
-LOG_TAIL = 8192
-TAIL_LINES = 20
 WARM_LIMIT = 60.0
 """Seconds to wait for a warm trainer that is still importing."""
 LEAVE_LIMIT = 120.0
@@ -66,6 +64,10 @@ class Exited:
     """Proved: the tree is gone and its memory has left the device."""
     log_tail: list[str]
     sentence: str
+    need: int = 0
+    """Bytes of disk that its `Left` asked for."""
+    forced: bool = False
+    """The agent itself sent the signal."""
 
 
 @dataclass(frozen=True)
@@ -268,24 +270,26 @@ class Supervisor:
         if released and self._gpu_released is not None:
             tree = worker.child.known | {worker.child.identity}
             released = await self._gpu_released(frozenset(identity.pid for identity in tree))
-        tail = await anyio.to_thread.run_sync(_log_tail, worker.log)
+        tail = await anyio.to_thread.run_sync(log_tail, worker.log)
         self._all.remove(worker)
         if self._warm is worker:
             self._warm = None
         if not worker.job_id:
             return
         del self._jobs[worker.job_id]
-        code = worker.child.exit_code
+        code, word, forced = worker.child.exit_code, worker.last_word, worker.child.forced is not None
         await self._facts.send(
             Exited(
                 worker.job_id,
                 worker.attempt,
                 exit_code=code if code is not None and code >= 0 else None,
                 signal=-code if code is not None and code < 0 else None,
-                left=worker.last_word.why if isinstance(worker.last_word, Left) else "",
+                left=word.why if isinstance(word, Left) else "",
                 released=released,
                 log_tail=tail,
-                sentence=_sentence(worker, code, released),
+                sentence=sentence(word, code, blamed=worker.blamed, forced=forced, released=released),
+                need=word.need if isinstance(word, Left) else 0,
+                forced=forced,
             )
         )
 
@@ -353,47 +357,3 @@ def _adopt_log(warm: Path, log: Path) -> bool:
     log.parent.mkdir(parents=True, exist_ok=True)
     warm.replace(log)
     return True
-
-
-def _log_tail(log: Path) -> list[str]:
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_TAIL))
-            text = file.read().decode("utf-8", "replace")
-    except FileNotFoundError:
-        return []
-    # A progress bar overwrites its line with a bare carriage return.
-    return [line for line in text.replace("\r", "\n").split("\n") if line.strip()][-TAIL_LINES:]
-
-
-def _sentence(worker: _Worker, code: int | None, released: bool) -> str:
-    """Say how a trainer ended, for the person who must act."""
-    child, word = worker.child, worker.last_word
-    if worker.blamed:
-        said = f"{worker.blamed} It was ended for that."
-    elif isinstance(word, Left):
-        said = f"The trainer left at step {word.step}: {word.why}."
-    elif isinstance(word, Failed):
-        said = word.failure.sentence
-    elif isinstance(word, Finished):
-        said = "The trainer finished."
-    elif code is None:
-        said = "The trainer could not be ended, not even by SIGKILL; it hangs in a driver or on a disk."
-    elif code < 0:
-        name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
-        if child.forced is not None:
-            said = f"The agent ended the trainer by {name}, since it had not left by itself."
-        elif -code == signal.SIGKILL:
-            said = (
-                "The trainer was killed by SIGKILL, which this agent did not send. Mostly the machine was "
-                "out of memory: its kernel log says so."
-            )
-        else:
-            said = f"The trainer was ended by {name}, which this agent did not send; see the end of its log."
-    elif code == 0:
-        said = "The trainer left without a word."
-    else:
-        said = f"The trainer left with code {code} and without a word; see the end of its log."
-    if not released:
-        said += " Its memory has not left the device, as far as can be seen."
-    return said

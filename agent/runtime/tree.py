@@ -11,6 +11,8 @@ import anyio
 import anyio.to_thread
 
 LINUX: bool = sys.platform == "linux"
+ASK_WHERE = signal.SIGUSR1
+"""A trainer answers it by writing to its log where each of its threads stands; see `agent.runtime.boot`."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ def members(leader: int, known: Iterable[Identity] = ()) -> frozenset[Identity]:
 
 def kill(identity: Identity) -> None:
     """SIGKILL this very process; nothing happens when it has ended."""
+    send(identity, signal.SIGKILL)
+
+
+def send(identity: Identity, number: signal.Signals) -> None:
+    """Send a signal to this very process; nothing happens when it has ended."""
     if LINUX:
         try:
             fd = os.pidfd_open(identity.pid)
@@ -72,13 +79,27 @@ def kill(identity: Identity) -> None:
         try:
             # Between the look and the signal the pid cannot change hands: the descriptor holds it.
             if identify(identity.pid) == identity:
-                signal.pidfd_send_signal(fd, signal.SIGKILL)
+                signal.pidfd_send_signal(fd, number)
         except ProcessLookupError:
             return
         finally:
             os.close(fd)
     elif identify(identity.pid) == identity:
-        os.kill(identity.pid, signal.SIGKILL)
+        os.kill(identity.pid, number)
+
+
+def stopped(identity: Identity) -> bool:
+    """Return whether somebody has stopped this very process (SIGSTOP, Ctrl-Z, a debugger)."""
+    import psutil  # read once in a long while, where a trainer stands still
+
+    try:
+        process = psutil.Process(identity.pid)
+        return identify(identity.pid) == identity and process.status() in (
+            psutil.STATUS_STOPPED,
+            psutil.STATUS_TRACING_STOP,
+        )
+    except psutil.NoSuchProcess:
+        return False
 
 
 async def gone_within(identity: Identity, limit: float) -> bool:

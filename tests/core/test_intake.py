@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from agent.core.effects import Effect, EndWorker, Report
-from agent.core.intake import NOTES_KEPT, gone, hear
-from agent.core.job import Job
+from agent.core.intake import gone, hear
+from agent.core.job import NOTES_KEPT, Job
 from agent.core.outbox import WORD
 from protocol.failures import FailureReason, failure
 from protocol.lifecycle import HAS_WORKER, TERMINAL, IllegalTransition, JobState, Want

@@ -11,7 +11,7 @@ import pynvml
 import pytest
 
 from agent.runtime import devices
-from agent.runtime.devices import GIB, GpuFault, Sampler, free_memory, gpu_pids, inventory
+from agent.runtime.devices import GIB, GpuFault, Sampler, faults, free_memory, gpu_pids, inventory
 from protocol.messages import Gpu
 
 
@@ -128,13 +128,13 @@ def test_who_holds_a_gpu_and_how_much_is_free(monkeypatch: pytest.MonkeyPatch) -
     assert free_memory(1) is None
 
 
-def test_errors_of_the_driver_are_taken_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_errors_of_the_driver_are_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = use(Driver(), monkeypatch)
-    sampler = Sampler([tmp_path])
+    assert faults() == []
     assert driver.watched == [100, 101]
     driver.events += [SimpleNamespace(device=101, eventData=79), SimpleNamespace(device=100, eventData=48)]
-    assert sampler.faults() == [GpuFault(1, 79), GpuFault(0, 48)]
-    assert sampler.faults() == []
+    assert faults() == [GpuFault(1, 79), GpuFault(0, 48)]
+    assert faults() == []
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_no_driver_is_no_gpu_and_a_broken_one_is_told(
     assert gpu_pids() == set()
     assert free_memory(0) is None
     sampler = Sampler([tmp_path])
-    assert sampler.faults() == []
+    assert faults() == []
     assert not any(name.startswith("gpu") for name in sampler.sample())
 
 
