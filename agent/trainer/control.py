@@ -15,55 +15,55 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from agent.trainer.batches import ByLength
 from agent.trainer.inbox import Leaving
 from agent.trainer.live import set_parameters
+from agent.trainer.progress import Place
 from agent.trainer.randomness import unmoved
-from agent.trainer.saving import Job, Saving
+from agent.trainer.saving import Job
+from agent.trainer.steps import Steps
 from protocol.worker import Note, Parameters
 
 
 class _Begin(TrainerCallback):  # type: ignore[misc]
     """Calls the trainer when everything is restored and the first batch is not yet read."""
 
-    def __init__(self, begin: Callable[[Any], None]) -> None:
+    def __init__(self, begin: Callable[[], None]) -> None:
         self._begin = begin
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        self._begin(kwargs["train_dataloader"])
+        self._begin()
         return control
 
 
-class ControlledMixin(Saving):
+class ControlledMixin(Steps):
     """Goes before one of TRL's trainers in the list of bases."""
 
     def __init__(self, *args: Any, job: Job, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.job = job
-        self._boundary = -1
         self._start_counting()
+        self._start_stepping()
         self.add_callback(_Begin(self._begin))
 
     # Called by Trainer
 
-    def _begin(self, train_dataloader: Any) -> None:
+    def _begin(self) -> None:
         """Take up the counters, say Ready, and do what belongs before the first step."""
         job, progress, step = self.job, self.job.progress, self.state.global_step
-        job.inbox.step = self._boundary = step
+        job.inbox.step = step
         if job.resumed_from is not None:
             # Trainer does this later, at the first batch; a checkpoint written before that must hold them too.
             self._load_rng_state(str(job.resumed_from.path))
         self._resume_counting()
-        accumulation = self.args.gradient_accumulation_steps
-        updates = max(1, math.ceil(len(train_dataloader) / accumulation))
+        place = progress.place
         job.inbox.line.say(
             msgspec.structs.replace(
                 job.ready,
                 total_steps=self.state.max_steps,
-                total_epochs=self.state.max_steps / updates,
+                total_epochs=self._epochs(place),
                 start_step=step,
-                batch_size=self.args.per_device_train_batch_size,
-                gradient_accumulation_steps=accumulation,
+                batch_size=place.micro,
+                gradient_accumulation_steps=place.accumulation,
             )
         )
         if job.parameters != Parameters():
@@ -86,16 +86,11 @@ class ControlledMixin(Saving):
             self.control.should_training_stop = True
         self._start_clock()
 
-    def _run_epoch(self, **kwargs: Any) -> None:
-        if not self.control.should_training_stop:  # set in `_begin`: nothing is left to train
-            super()._run_epoch(**kwargs)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
-        together = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return ByLength(lengths, together, self.args.seed)
+    def _epochs(self, place: Place) -> float:
+        """Return how many epochs the run's steps are; a stream's length is not known."""
+        if not hasattr(self.train_dataset, "__len__"):
+            return 1.0
+        return float(self.state.max_steps / max(1, math.ceil(len(self.train_dataset) / place.step_rows)))
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Train on a micro-batch, unless the job was cancelled."""
@@ -110,43 +105,40 @@ class ControlledMixin(Saving):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Take no part in Trainer's logging: the curve is sent from the step boundary."""
 
-    def _maybe_log_save_evaluate(
-        self,
-        tr_loss: torch.Tensor,
-        grad_norm: Any,
-        *args: Any,
-        learning_rate: float | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def _close_step(self, learning_rate: float) -> None:
         """Close the optimizer step that has just ended: orders, point, evaluation, checkpoint, leaving."""
-        job, step = self.job, self.state.global_step
-        if step == self._boundary:  # called once more at the end of an epoch
-            return
-        job.inbox.step = self._boundary = step
-        job.inbox.listen()
+        job, step, inbox = self.job, self.state.global_step, self.job.inbox
+        inbox.step = step
+        inbox.listen()
         set_parameters(self)
-        ending = self.control.should_training_stop or job.inbox.stop
-        values: dict[str, float] = {}
-        if ending or step % job.schedule.logging_steps == 0:
-            values = self._measure(tr_loss, grad_norm, learning_rate)
-        due = job.schedule.evaluates(step, float(self.state.epoch)) or job.inbox.evaluations
+        schedule = job.schedule
+        ending = self.control.should_training_stop or inbox.stop
+        pointed = ending or step % schedule.logging_steps == 0
+        weighed = bool(schedule.evaluates(step, float(self.state.epoch)) or inbox.evaluations)
+        if pointed or weighed or inbox.leaving or inbox.saves or step % schedule.save_steps == 0:
+            # Nothing is told, and nothing kept, of a step that should not have been made.
+            bad = self._first_bad()
+            if bad is not None:
+                self._say_point(step, self._measure(learning_rate))
+                raise self._answer_to(bad)
+        values = self._measure(learning_rate) if pointed else {}
         done = True
-        if self.eval_dataset is not None and (due or ending):
+        if self.eval_dataset is not None and (weighed or ending):
             done = self._evaluate_at(step, values)
         elif values:
             self._say_point(step, values)
-        if job.inbox.evaluations and self.eval_dataset is None:
-            job.inbox.evaluations.clear()
-            job.inbox.line.say(
+        if inbox.evaluations and self.eval_dataset is None:
+            inbox.evaluations.clear()
+            inbox.line.say(
                 Note("warning", "The job has no held-out rows, so there is nothing to evaluate on.")
             )
-        early = bool(job.schedule.patience and job.progress.without_improvement >= job.schedule.patience)
-        if done and not self.control.should_training_stop and (early or job.inbox.stop):
-            job.progress.ended = "stop" if job.inbox.stop else "early_stopping"
+        early = bool(schedule.patience and job.progress.without_improvement >= schedule.patience)
+        if done and not self.control.should_training_stop and (early or inbox.stop):
+            job.progress.ended = "stop" if inbox.stop else "early_stopping"
         ending = done and (ending or early)
-        self._save_if_due(ending, scheduled=True, tr_loss=tr_loss, grad_norm=grad_norm)
-        if job.inbox.leaving:
-            raise Leaving(job.inbox.leaving, step)
+        self._save_if_due(ending, scheduled=True)
+        if inbox.leaving:
+            raise Leaving(inbox.leaving, step)
         if ending:
             self.control.should_training_stop = True
 

@@ -6,20 +6,19 @@ stay on the device until a point is due.
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from agent.trainer import memory
+from agent.trainer import healing, memory
 from agent.trainer.errors import TrainerError
 from agent.trainer.inbox import Leaving
 from agent.trainer.progress import perplexity
 from agent.trainer.randomness import unmoved
 from protocol.failures import FailureReason
-from protocol.worker import Metrics
+from protocol.worker import Metrics, Note
 
 if TYPE_CHECKING:
     _Trainer = Any  # one of TRL's, which stands behind this class in the list of bases
@@ -43,20 +42,20 @@ class Curve(_Trainer):  # type: ignore[misc]
 
     def _start_counting(self) -> None:
         self._tokens = 0
-        self._device_tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)
         self._samples = 0
+        self._norm: float | None = None
         self._window_began = self._began = self._steps_began = time.monotonic()
         self._elapsed_before = self.job.progress.elapsed
         self._start_step = 0
         self._held_out: Any = None
+        self._evaluated = False
+        """Whether an evaluation has gone through with batches of this size."""
         self._logged_at = -LOG_EVERY
 
     def _resume_counting(self) -> None:
         """Take up the counters where the checkpoint left them."""
         progress = self.job.progress
         self._start_step = self.state.global_step
-        self._tr_loss.fill_(progress.window_loss)
-        self._globalstep_last_logged = self.state.global_step - progress.window_steps
         self._tokens, self._samples = progress.window_tokens, progress.window_samples
 
     def _start_clock(self) -> None:
@@ -67,9 +66,6 @@ class Curve(_Trainer):  # type: ignore[misc]
     def _store_counters(self) -> None:
         """Bring the counters up to date for a checkpoint of this step."""
         progress = self.job.progress
-        self._drain()
-        progress.window_loss = self._tr_loss.item()
-        progress.window_steps = self.state.global_step - self._globalstep_last_logged
         progress.window_tokens, progress.window_samples = self._tokens, self._samples
         progress.window_seconds = time.monotonic() - self._window_began if progress.window_steps else 0.0
         self.finish_counters()
@@ -79,61 +75,36 @@ class Curve(_Trainer):  # type: ignore[misc]
         self.job.progress.elapsed = self._elapsed_before + time.monotonic() - self._began
 
     def _count(self, inputs: Any) -> None:
-        """Count the real tokens and rows of a micro-batch without waiting for the device."""
+        """Count the real tokens and rows of a micro-batch, while it is still in host memory."""
         mask = inputs.get("attention_mask")
         if mask is not None:
-            self._device_tokens += mask.sum()
+            self._tokens += int(mask.sum())
             self._samples += mask.shape[0]
         else:  # packed: no padding, and the documents' borders come with the batch
             self._tokens += inputs["input_ids"].numel()
             self._samples += inputs["cu_seq_lens_q"].numel() - 1
 
-    def _drain(self) -> None:
-        """Bring the device's token count over; waits for the device."""
-        self._tokens += int(self._device_tokens.item())
-        self._device_tokens.zero_()
-
-    def _measure(
-        self, tr_loss: torch.Tensor, grad_norm: Any, learning_rate: float | None
-    ) -> dict[str, float]:
+    def _measure(self, learning_rate: float) -> dict[str, float]:
         """Return the train values since the last point, and count them."""
-        progress, step = self.job.progress, self.state.global_step
-        loss = tr_loss.item() / max(1, step - self._globalstep_last_logged)
-        self._drain()
+        progress = self.job.progress
+        loss = progress.window_loss / max(1, progress.window_steps)
         seconds = max(1e-9, time.monotonic() - self._window_began)
         values = {
             "train_loss": loss,
             "train_perplexity": perplexity(loss),
-            "learning_rate": self._get_learning_rate() if learning_rate is None else learning_rate,
+            "learning_rate": learning_rate,
             "samples_per_second": self._samples / seconds,
             "tokens_per_second": self._tokens / seconds,
         }
-        if grad_norm is not None:
-            values["grad_norm"] = float(grad_norm)
+        if self._norm is not None:
+            values["grad_norm"] = self._norm
         values |= self._extra()
         progress.add_train_loss(loss)
         progress.tokens_seen += self._tokens
-        tr_loss.zero_()
-        self._globalstep_last_logged = step
+        progress.window_loss, progress.window_steps = 0.0, 0
         self._tokens = self._samples = 0
         self._window_began = time.monotonic()
-        if not self._is_finite(loss, values.get("grad_norm", 0.0)):
-            self._say_point(step, values)
-            raise self._not_finite(step, "loss" if not math.isfinite(loss) else "gradient")
         return values
-
-    def _is_finite(self, loss: float, norm: float) -> bool:
-        # With float16 the scaler skips a step whose gradient overflowed, and nothing is harmed.
-        return math.isfinite(loss) and (math.isfinite(norm) or self.accelerator.optimizer_step_was_skipped)
-
-    def _not_finite(self, step: int, what: str) -> TrainerError:
-        return TrainerError(
-            FailureReason.NON_FINITE_LOSS,
-            f"The {what} is not a finite number at optimizer step {step}, so the weights are of no use from there on. "
-            "Lower the learning rate, raise warmup_steps, or look at the rows of that step; "
-            "the last checkpoint is from before it.",
-            step=step,
-        )
 
     def _say_point(self, step: int, values: dict[str, float]) -> None:
         """Send one point of the curve with the counters that belong to each."""
@@ -179,7 +150,7 @@ class Curve(_Trainer):  # type: ignore[misc]
         progress, loss = self.job.progress, measures["eval_loss"]
         progress.initial_eval_loss = progress.eval_loss = loss
         progress.eval_step = 0
-        self._say_point(0, {**measures, "perplexity": perplexity(loss)})
+        self._say_point(0, measures)
 
     def _evaluate_at(self, step: int, values: dict[str, float]) -> bool:
         """Evaluate and send one point with ``values``; False if it was put off because the process must leave."""
@@ -195,9 +166,7 @@ class Curve(_Trainer):  # type: ignore[misc]
                 progress.owed = values
                 return False
         progress.owed = None
-        loss = measures["eval_loss"]
         job.inbox.evaluations.clear()
-        measures["perplexity"] = perplexity(loss)
         progress.add_evaluation(measures, step, float(self.state.epoch or 0.0), job.schedule)
         self._say_point(step, {**values, **measures})
         return True
@@ -210,16 +179,66 @@ class Curve(_Trainer):  # type: ignore[misc]
         """Return a held-out batch's measures by name, each as a sum and a count; `eval_loss` is one of them."""
         raise NotImplementedError
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
     def _held_out_measures(self) -> dict[str, float]:
-        """Return the means over everything held out. Raises _PutOff if the process must leave meanwhile."""
-        if self._held_out is None:
-            self._held_out = self.get_eval_dataloader()
+        """Return the means over everything held out, in smaller batches where memory runs out.
+
+        Raises _PutOff if the process must leave meanwhile.
+        """
+        again = False
+        while True:
+            if self._held_out is None:
+                self._held_out = self.get_eval_dataloader()
+            try:
+                measures: dict[str, float] = self._weigh_all()
+            except (RuntimeError, MemoryError, OSError) as error:
+                if not healing.is_out_of_memory(error):
+                    raise
+                reason, words = healing.reason_of(error), healing.words_of(error)
+            else:
+                measures["perplexity"] = perplexity(measures["eval_loss"])
+                self._check_metric(measures)
+                return measures
+            healing.make_room()
+            if again or not self._evaluated:
+                self._evaluate_smaller(reason, words)
+            again = True
+
+    def _evaluate_smaller(self, reason: FailureReason, words: str) -> None:
+        args, progress, step = self.args, self.job.progress, self.state.global_step
+        before = args.per_device_eval_batch_size
+        if before == 1:
+            raise TrainerError(
+                reason,
+                f"The memory did not suffice to evaluate a single row at step {step}: {words}. "
+                "Lower training.max_length, or set eval_strategy to no.",
+                step=step,
+            )
+        args.per_device_eval_batch_size = progress.eval_batch = -(-before // 2)
+        self._held_out = None
+        self.job.inbox.line.say(
+            Note(
+                "warning",
+                f"Memory ran out in the evaluation at step {step} with {before} rows at once ({words}); from here on "
+                f"there are {progress.eval_batch}. The held-out loss is the same.",
+            )
+        )
+
+    def _check_metric(self, measures: dict[str, float]) -> None:
+        metric = self.job.schedule.metric
+        if metric not in measures:
+            raise TrainerError(
+                FailureReason.SPEC,
+                f"training.metric_for_best: an evaluation of this job has no measure {metric}; it has "
+                f"{', '.join(sorted(measures))}.",
+            )
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def _weigh_all(self) -> dict[str, float]:
         model, inbox = self.model, self.job.inbox
         model.eval()
         wide = torch.float64 if self.args.device.type != "mps" else torch.float32
-        sums: dict[str, torch.Tensor] = {}
-        counts: dict[str, torch.Tensor] = {}
+        sums: dict[str, Any] = {}
+        counts: dict[str, Any] = {}
         with unmoved():
             for batch in self._held_out:
                 inbox.listen()
@@ -230,6 +249,7 @@ class Curve(_Trainer):  # type: ignore[misc]
                 for name, (total, count) in measures.items():
                     sums[name] = sums.get(name, 0) + total.to(wide)
                     counts[name] = counts.get(name, 0) + count
+        self._evaluated = True
         return {name: float(total.item() / max(1, counts[name].item())) for name, total in sums.items()}
 
     @contextlib.contextmanager

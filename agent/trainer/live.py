@@ -5,7 +5,10 @@ from typing import Any
 import msgspec
 from torch.optim.lr_scheduler import LambdaLR
 
-from protocol.worker import Parameters, ParametersSet
+from protocol.worker import Note, Parameters, ParametersSet
+
+MOST = 65_536
+"""Rows of a micro-batch, and micro-batches of a step; as in a job."""
 
 
 def set_parameters(trainer: Any) -> None:
@@ -23,6 +26,7 @@ def set_parameters(trainer: Any) -> None:
                 refused.append(why)
             else:
                 taken[name] = value
+        _set_batch(trainer, taken)
         progress.parameters = msgspec.structs.replace(progress.parameters, **taken)
         inbox.line.say(ParametersSet(trainer.state.global_step + 1, Parameters(**taken), " ".join(refused)))
 
@@ -30,19 +34,10 @@ def set_parameters(trainer: Any) -> None:
 def _set(trainer: Any, name: str, value: Any) -> str:
     """Put one parameter in force; return a sentence if that cannot be done."""
     schedule = trainer.job.schedule
-    now = {
-        "batch_size": trainer.args.per_device_train_batch_size,
-        "gradient_accumulation_steps": trainer.args.gradient_accumulation_steps,
-    }
-    if name in now:
-        if now[name] == value:
-            return ""
-        return (
-            f"{name} stays {now[name]}: the place in the data is counted in batches of that size. "
-            "Submit a new job to train with another."
-        )
     if not value > 0:
         return f"{name} must be greater than 0, not {value}."
+    if name in ("batch_size", "gradient_accumulation_steps"):
+        return f"{name} must be at most {MOST}, not {value}." if value > MOST else ""
     if name == "learning_rate":
         return _set_learning_rate(trainer, value)
     if name == "early_stopping_patience":
@@ -52,6 +47,26 @@ def _set(trainer: Any, name: str, value: Any) -> str:
     else:
         setattr(schedule, name, value)
     return ""
+
+
+def _set_batch(trainer: Any, taken: dict[str, Any]) -> None:
+    """Change how many rows are taken at once; the number of optimizer steps stays."""
+    place = trainer.job.progress.place
+    micro = taken.get("batch_size", place.micro)
+    accumulation = taken.get("gradient_accumulation_steps", place.accumulation)
+    if (micro, micro * accumulation) != (place.micro, place.step_rows) and (
+        micro != place.micro or accumulation != place.accumulation
+    ):
+        before = place.step_rows
+        place.micro, place.step_rows = micro, micro * accumulation
+        if place.step_rows != before:
+            trainer.job.inbox.line.say(
+                Note(
+                    "info",
+                    f"An optimizer step now takes {place.step_rows} rows in place of {before}; the run keeps its "
+                    f"{trainer.state.max_steps} steps, so it sees more or less of the data than was planned.",
+                )
+            )
 
 
 def _set_learning_rate(trainer: Any, value: float) -> str:

@@ -47,8 +47,6 @@ class Progress(msgspec.Struct, kw_only=True):
     place: Place = msgspec.field(default_factory=Place)
     trail: list[tuple[int, float]] = []
     """(step, loss) of the last steps, each by itself."""
-    fresh_at: int = -1
-    """The step at which this job last asked for a new process, whose memory is in one piece."""
     eval_batch: int = 0
     """Rows of a held-out batch, where fewer than the job's fitted; 0: the job's."""
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from protocol.worker import EvaluateNow, Parameters, ParametersSet, Pause, Saved, SetParameters
+from protocol.worker import Note, Parameters, ParametersSet, Pause, Ready, Saved, SetParameters
 from tests.trainer.conftest import Jobs, curve
 
 
@@ -61,18 +61,41 @@ def test_schedules_survive_a_pause(jobs: Jobs) -> None:
     assert list(resumed.points) == [8]
 
 
-def test_a_batch_size_is_refused_with_a_sentence_and_the_rest_is_taken(jobs: Jobs) -> None:
-    line = jobs.run("job", {2: [SetParameters(Parameters(batch_size=2, save_steps=3, eval_steps=5))]})
+def test_the_same_rows_in_smaller_micro_batches_are_the_same_steps(jobs: Jobs) -> None:
+    plain = jobs.run("plain")
+    order = SetParameters(Parameters(batch_size=2, gradient_accumulation_steps=2))
+    line = jobs.run("job", {3: [order]})
+    (told,) = line.of(ParametersSet)
+    assert told == ParametersSet(5, Parameters(batch_size=2, gradient_accumulation_steps=2))
+    for step, values in plain.points.items():
+        assert line.points[step]["train_loss"] == pytest.approx(values["train_loss"], abs=1e-5)
+        assert line.points[step]["tokens_seen"] == values["tokens_seen"]
+        assert line.points[step]["epoch"] == values["epoch"]
+    assert line.of(Note) == []
+
+
+def test_a_larger_effective_batch_takes_each_row_once_and_survives_a_pause(jobs: Jobs) -> None:
+    order = SetParameters(Parameters(gradient_accumulation_steps=3))
+    training = {"max_steps": 10, "batch_size": 4}
+    untouched = jobs.run("untouched", {2: [order]}, training=training)
+    paused = jobs.run("paused", {2: [order], 4: [Pause()]}, training=training)
+    resumed = jobs.run("paused", attempt=2, training=training)
+    # 3 steps of 4 rows and 3 of 12 are the 48 rows of an epoch.
+    assert untouched.points[6]["epoch"] == 1.0
+    whole = jobs.run("whole", training={"max_steps": 12, "batch_size": 4})
+    assert untouched.points[6]["tokens_seen"] == whole.points[12]["tokens_seen"]
+    assert "An optimizer step now takes 12 rows in place of 4" in untouched.of(Note)[0].text
+    assert resumed.of(Ready)[0].gradient_accumulation_steps == 3
+    assert curve(paused, resumed) == curve(untouched)
+    assert resumed.last.weights_hash == untouched.last.weights_hash
+
+
+def test_what_cannot_be_set_is_refused_with_a_sentence_and_the_rest_is_taken(jobs: Jobs) -> None:
+    line = jobs.run("job", {2: [SetParameters(Parameters(batch_size=100_000, save_steps=3, eval_steps=5))]})
     (told,) = line.of(ParametersSet)
     assert told.parameters == Parameters(save_steps=3)
-    assert "batch_size stays 4" in told.refused
+    assert "batch_size must be at most 65536" in told.refused
     assert "eval_steps has no effect" in told.refused
-
-
-def test_the_batch_size_that_is_already_in_force_is_no_refusal(jobs: Jobs) -> None:
-    line = jobs.run("job", {2: [SetParameters(Parameters(batch_size=4)), EvaluateNow()]}, eval_fraction=0.25)
-    (told,) = line.of(ParametersSet)
-    assert told.refused == ""
 
 
 def test_a_learning_rate_of_nothing_is_refused(jobs: Jobs) -> None:

@@ -1,0 +1,221 @@
+"""Out of memory on real runs of a tiny model: a hook raises the allocator's own exception."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from agent.trainer import healing
+from agent.trainer.errors import TrainerError
+from protocol.failures import FailureReason
+from protocol.jobspec import LoraSpec
+from protocol.worker import Left, Metrics, Note, ParametersSet, Pause, Ready, Saved
+from tests.trainer.conftest import Jobs, RecordingLine, chat_rows, curve, write_jsonl
+
+CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
+CPU = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
+
+
+def cuda_error() -> Exception:
+    return torch.OutOfMemoryError(CUDA)
+
+
+def cpu_error() -> Exception:
+    return RuntimeError(CPU)
+
+
+class Device:
+    """A device with room for so many rows at once in an MLP, forward or backward."""
+
+    def __init__(self, error: Callable[[], Exception]) -> None:
+        self.rows = 1 << 30
+        self.error = error
+        self.training_only = True
+        self.refusals = 0
+        self.once_in: set[int] = set()
+        """Calls that fail once, however few rows."""
+        self.calls = 0
+
+    def allocate(self, module: Any, tensors: Any) -> None:
+        if not isinstance(module, LlamaMLP) or (self.training_only and not module.training):
+            return
+        self.calls += 1
+        rows = tensors[0].shape[0]
+        if rows > self.rows or self.calls in self.once_in:
+            self.refusals += 1
+            raise self.error()
+
+
+@contextlib.contextmanager
+def device(error: Callable[[], Exception] = cuda_error, backward: bool = False) -> Iterator[Device]:
+    made = Device(error)
+
+    def forward(module: Any, args: Any) -> None:
+        made.allocate(module, args)
+
+    def watch_backward(module: Any, args: Any, output: Any) -> None:
+        if isinstance(module, LlamaMLP) and output.requires_grad:
+            output.register_hook(lambda gradient: made.allocate(module, (gradient,)))
+
+    hooks = torch.nn.modules.module
+    if backward:
+        handle = hooks.register_module_forward_hook(watch_backward)
+    else:
+        handle = hooks.register_module_forward_pre_hook(forward)
+    try:
+        yield made
+    finally:
+        handle.remove()
+
+
+def same_within(one: RecordingLine, other: RecordingLine, tolerance: float) -> None:
+    assert one.points.keys() == other.points.keys()
+    for step, values in other.points.items():
+        assert one.points[step].get("train_loss") == pytest.approx(values.get("train_loss"), abs=tolerance)
+        assert one.points[step].get("eval_loss") == pytest.approx(values.get("eval_loss"), abs=tolerance)
+        assert one.points[step]["tokens_seen"] == values["tokens_seen"]
+
+
+@pytest.mark.parametrize(
+    ("error", "backward"), [(cuda_error, False), (cpu_error, True)], ids=["forward", "backward"]
+)
+def test_a_step_that_does_not_fit_is_made_in_smaller_micro_batches(
+    error: Callable[[], Exception], backward: bool, jobs: Jobs
+) -> None:
+    wanted = {"training": {"gradient_accumulation_steps": 2}, "lora": LoraSpec(r=4)}
+    plain = jobs.run("plain", **wanted)
+    with device(error, backward) as small:
+        small.rows = 1
+        line = jobs.run("job", **wanted)
+    assert small.refusals == 2
+    # Four rows, then two, then one; the effective batch of eight stays.
+    assert [(told.step, told.parameters.batch_size) for told in line.of(ParametersSet)] == [(1, 2), (1, 1)]
+    assert line.of(ParametersSet)[-1].parameters.gradient_accumulation_steps == 8
+    notes = [note.text for note in line.of(Note)]
+    assert len(notes) == 2
+    assert "effective batch stays 8" in notes[0]
+    assert "differs by" in notes[0]
+    same_within(line, plain, 1e-5)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_memory_that_runs_out_in_the_middle_costs_no_step(packing: bool, jobs: Jobs) -> None:
+    training = {"packing": packing, "batch_size": 2 if packing else 4}
+    plain = jobs.run("plain", training=training)
+    with device() as small:
+        small.once_in = {9, 10}  # in the fifth step, twice in a row
+        line = jobs.run("job", training=training)
+    assert small.refusals == 2
+    assert len(line.of(Metrics)) == len(plain.of(Metrics))
+    same_within(line, plain, 1e-5)
+
+
+def test_memory_in_pieces_is_tried_again_at_the_same_size(jobs: Jobs) -> None:
+    plain = jobs.run("plain", lora=LoraSpec(r=4, dropout=0.3))
+    with device() as small:
+        small.once_in = {6}
+        line = jobs.run("job", lora=LoraSpec(r=4, dropout=0.3))
+    assert small.refusals == 1
+    assert line.of(ParametersSet) == []
+    # The same masks are drawn again, so not a bit differs.
+    assert curve(line) == curve(plain)
+    assert line.last.weights_hash == plain.last.weights_hash
+
+
+def test_a_healed_run_is_resumed_exactly(jobs: Jobs) -> None:
+    def run(name: str, script: dict[int, list[Any]], **changes: Any) -> RecordingLine:
+        with device() as small:
+            small.rows = 2
+            return jobs.run(name, script, lora=LoraSpec(r=4, dropout=0.2), **changes)
+
+    untouched = run("untouched", {})
+    paused = run("paused", {4: [Pause()]})
+    resumed = run("paused", {}, attempt=2)
+    assert resumed.of(Ready)[0].batch_size == 2
+    assert resumed.of(ParametersSet) == []
+    assert curve(paused, resumed) == curve(untouched)
+    assert resumed.last.weights_hash == untouched.last.weights_hash
+
+
+def test_an_evaluation_that_does_not_fit_is_made_in_smaller_batches(jobs: Jobs) -> None:
+    wanted = {"training": {"eval_strategy": "steps", "eval_steps": 2}, "eval_fraction": 0.25}
+    plain = jobs.run("plain", **wanted)
+    with device() as small:
+        small.training_only = False
+        small.rows = 3
+        line = jobs.run("job", **wanted)
+    assert any(
+        "Memory ran out in the evaluation at step 0 with 4 rows" in note.text for note in line.of(Note)
+    )
+    same_within(line, plain, 1e-5)
+
+
+def test_a_single_row_that_had_fitted_goes_on_in_a_fresh_process_once(jobs: Jobs) -> None:
+    training = {"batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 6}
+    untouched = jobs.run("untouched", training=training, lora=LoraSpec(r=4, dropout=0.2))
+    with device() as small:
+        small.once_in = {11, 12}  # in the third step
+        left = jobs.run("job", training=training, lora=LoraSpec(r=4, dropout=0.2))
+    assert left.last == Left("fresh_process", 2)
+    assert [(saved.step, saved.reason) for saved in left.of(Saved)] == [(2, "fresh_process")]
+    again = jobs.run("job", attempt=2, training=training, lora=LoraSpec(r=4, dropout=0.2))
+    assert curve(left, again) == curve(untouched)
+    assert again.last.weights_hash == untouched.last.weights_hash
+
+
+def test_a_single_row_that_does_not_fit_ends_the_job_with_a_sentence(jobs: Jobs) -> None:
+    with device() as small, pytest.raises(TrainerError) as caught:
+        small.rows = 0
+        jobs.run("job")
+    assert caught.value.reason is FailureReason.DEVICE_MEMORY
+    assert "a single row of at most 64 tokens" in caught.value.sentence
+    with device(cpu_error) as small, pytest.raises(TrainerError) as caught:
+        small.rows = 0
+        jobs.run("other")
+    assert caught.value.reason is FailureReason.HOST_MEMORY
+
+
+def test_another_error_is_not_healed(jobs: Jobs) -> None:
+    def broken() -> Exception:
+        return RuntimeError("CUDA error: device-side assert triggered")
+
+    with device(broken) as small, pytest.raises(RuntimeError, match="device-side assert"):
+        small.rows = 0
+        jobs.run("job")
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_at_random_steps(jobs: Jobs, tmp_path: Path) -> None:
+    import random
+
+    rows = write_jsonl(tmp_path / "rows.jsonl", chat_rows(96, seed=3))
+    training = {"gradient_accumulation_steps": 2, "max_steps": 24}
+    plain = jobs.run("plain", training=training, rows=rows)
+    for seed in range(20):
+        rng = random.Random(seed)
+        with device(rng.choice([cuda_error, cpu_error]), rng.random() < 0.5) as small:
+            small.once_in = set(rng.sample(range(1, 90), rng.randint(1, 6)))
+            line = jobs.run(f"job-{seed}", training=training, rows=rows)
+        assert small.refusals, seed
+        same_within(line, plain, 1e-5)
+
+
+def test_only_a_lack_of_memory_is_one() -> None:
+    for error in (torch.OutOfMemoryError(CUDA), MemoryError(), RuntimeError(CPU), OSError(12, "no memory")):
+        assert healing.is_out_of_memory(error)
+    for error in (
+        RuntimeError("CUDA error: an illegal memory access"),
+        ValueError("out of memory"),
+        OSError(28, ""),
+    ):
+        assert not healing.is_out_of_memory(error)
+
+
+def test_each_step_may_ask_for_one_fresh_process(tmp_path: Path) -> None:
+    assert healing.Asked(tmp_path).for_fresh_process(3)
+    assert not healing.Asked(tmp_path).for_fresh_process(3)
+    assert healing.Asked(tmp_path).for_fresh_process(4)

@@ -1,0 +1,116 @@
+"""A loss that is no number, or a spike: back to before it, without its rows."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaModel
+
+from agent.trainer.errors import TrainerError
+from agent.trainer.rewind import Skip, Skips
+from protocol.failures import FailureReason
+from protocol.worker import Finished, Left, Note, Saved
+from tests.trainer.conftest import Jobs, chat_rows, write_jsonl
+
+BAD_ROW = 17
+POISON = "zebra"
+"""A word that no other row has; the hook multiplies the last hidden states of a batch that holds it."""
+
+
+@pytest.fixture
+def poisoned(tmp_path: Path) -> Path:
+    rows = chat_rows(48)
+    rows[BAD_ROW]["messages"][1]["content"] = POISON * 3
+    return write_jsonl(tmp_path / "poisoned.jsonl", rows)
+
+
+@pytest.fixture
+def poison(tiny_tokenizer: Any, request: pytest.FixtureRequest) -> Iterator[None]:
+    factor = request.param
+    mark = tiny_tokenizer(POISON * 3)["input_ids"][0:2]
+
+    def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if isinstance(module, LlamaModel) and module.training:
+            ids = kwargs["input_ids"]
+            hit = ((ids[:, :-1] == mark[0]) & (ids[:, 1:] == mark[1])).any()
+            if bool(hit):
+                output.last_hidden_state = output.last_hidden_state * factor
+
+    handle = torch.nn.modules.module.register_module_forward_hook(hook, with_kwargs=True)
+    yield
+    handle.remove()
+
+
+REWIND = {"on_bad_loss": "rewind", "save_steps": 2, "max_steps": 16}
+
+
+@pytest.mark.parametrize("poison", [float("nan")], indirect=True)
+def test_a_step_without_a_number_is_left_out_with_its_rows(jobs: Jobs, poisoned: Path, poison: None) -> None:
+    first = jobs.run("job", training=REWIND, rows=poisoned)
+    assert isinstance(first.last, Left)
+    assert first.last.why == "fresh_process"
+    bad = first.last.step + 1
+    (note,) = [note.text for note in first.of(Note) if "optimizer step" in note.text]
+    assert f"At optimizer step {bad} the loss is not a finite number" in note
+    (skip,) = Skips(jobs.checkpoints()).entries
+    assert BAD_ROW in skip.rows
+    assert len(skip.rows) == 4
+    assert all(saved.step < bad for saved in first.of(Saved))
+
+    second = jobs.run("job", attempt=2, training=REWIND, rows=poisoned)
+    while isinstance(second.last, Left):  # the second epoch comes by the row again
+        second = jobs.run("job", attempt=3, training=REWIND, rows=poisoned)
+    assert isinstance(second.last, Finished)
+    assert second.last.step == 16
+    finite = [values["train_loss"] for values in second.points.values() if "train_loss" in values]
+    assert all(torch.isfinite(torch.tensor(finite)))
+
+
+@pytest.mark.parametrize("poison", [float("nan")], indirect=True)
+def test_without_leave_to_rewind_it_ends_with_the_rows_that_fed_it(
+    jobs: Jobs, poisoned: Path, poison: None
+) -> None:
+    with pytest.raises(TrainerError) as caught:
+        jobs.run("job", training={"max_steps": 16, "logging_steps": 5}, rows=poisoned)
+    assert caught.value.reason is FailureReason.NON_FINITE_LOSS
+    assert BAD_ROW in caught.value.rows
+    # The very step, though points are five apart.
+    assert caught.value.step is not None
+    assert f"At optimizer step {caught.value.step} the loss" in caught.value.sentence
+
+
+@pytest.mark.parametrize("poison", [40.0], indirect=True)
+def test_a_spike_is_left_out_too(jobs: Jobs, tmp_path: Path, poison: None) -> None:
+    rows = chat_rows(120)
+    rows[BAD_ROW]["messages"][1]["content"] = POISON * 3
+    data = write_jsonl(tmp_path / "spike.jsonl", rows)
+    training = {**REWIND, "spike_factor": 1.3, "max_steps": 30, "learning_rate": 1e-4}
+    first = jobs.run("job", training=training, rows=data)
+    assert isinstance(first.last, Left), "the row came too early to be told from the usual"
+    assert first.last.why == "fresh_process"
+    (note,) = [note.text for note in first.of(Note) if "times its mean" in note.text]
+    assert "1.3 times" in note
+    assert BAD_ROW in Skips(jobs.checkpoints()).entries[0].rows
+
+
+@pytest.mark.parametrize("poison", [float("nan")], indirect=True)
+def test_it_goes_back_so_many_times_and_no_more(jobs: Jobs, poison: None, tmp_path: Path) -> None:
+    rows = chat_rows(48)
+    for row in rows:
+        row["messages"][1]["content"] = POISON * 3
+    data = write_jsonl(tmp_path / "all.jsonl", rows)
+    training = {**REWIND, "max_rewinds": 2}
+    for attempt in (1, 2):
+        assert isinstance(jobs.run("job", attempt=attempt, training=training, rows=data).last, Left)
+    with pytest.raises(TrainerError) as caught:
+        jobs.run("job", attempt=3, training=training, rows=data)
+    assert "gone back 2 times" in caught.value.sentence
+
+
+def test_what_is_left_out_is_remembered(tmp_path: Path) -> None:
+    Skips(tmp_path).add(Skip(step=3, epoch=1, first=8, end=12, why="loss", rows=[4]))
+    skips = Skips(tmp_path)
+    assert skips.places(1) == {8, 9, 10, 11}
+    assert skips.places(0) == frozenset()
