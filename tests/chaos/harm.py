@@ -14,8 +14,8 @@ from tests.chaos.attempt import Attempt
 from tests.chaos.jobs import STEPS, Ours, Stock
 
 Side = Ours | Stock
-Damage = Callable[[random.Random, Path, str], None]
-"""Harms what lies in the folder of checkpoints, whose names begin with the third argument."""
+Damage = Callable[[random.Random, Path, str], str]
+"""Harms what lies in the folder of checkpoints, whose names begin with the third argument; returns what it was."""
 LOADING, ENDING = 0.08, 0.95
 """Shares of a run's life: up to the first is loading, from the second on the end."""
 
@@ -60,6 +60,8 @@ class Plan:
     within: float
     """Share of a step, or of a save."""
     done: bool = False
+    damaged: str = ""
+    """What was damaged after the kill."""
     _saves: int = 0
     _was_saving: bool = False
     _after: float | None = field(default=None)
@@ -129,41 +131,47 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
 
 
-def _a_file(rng: random.Random, checkpoints: Path, prefix: str) -> Path:
+def _a_file(rng: random.Random, checkpoints: Path, prefix: str, *, by_size: bool = False) -> Path:
     folder = newest(checkpoints, prefix)
     assert folder is not None, f"no checkpoint in {checkpoints}"
-    return rng.choice(_files(folder))
+    files = _files(folder)
+    return rng.choices(files, [file.stat().st_size for file in files] if by_size else None)[0]
 
 
-def flip(rng: random.Random, checkpoints: Path, prefix: str) -> None:
-    """Change one byte."""
-    file = _a_file(rng, checkpoints, prefix)
+def flip(rng: random.Random, checkpoints: Path, prefix: str) -> str:
+    """Change one byte, each with the same chance."""
+    file = _a_file(rng, checkpoints, prefix, by_size=True)
     raw = bytearray(file.read_bytes())
     raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
     file.write_bytes(raw)
+    return file.name
 
 
-def truncate(rng: random.Random, checkpoints: Path, prefix: str) -> None:
+def truncate(rng: random.Random, checkpoints: Path, prefix: str) -> str:
     """Cut the end off a file."""
     file = _a_file(rng, checkpoints, prefix)
     raw = file.read_bytes()
     file.write_bytes(raw[: rng.randrange(len(raw))])
+    return file.name
 
 
-def delete(rng: random.Random, checkpoints: Path, prefix: str) -> None:
+def delete(rng: random.Random, checkpoints: Path, prefix: str) -> str:
     """Remove a file."""
-    _a_file(rng, checkpoints, prefix).unlink()
+    file = _a_file(rng, checkpoints, prefix)
+    file.unlink()
+    return file.name
 
 
-def delete_manifest(rng: random.Random, checkpoints: Path, prefix: str) -> None:
+def delete_manifest(rng: random.Random, checkpoints: Path, prefix: str) -> str:
     """Remove the file that says what the checkpoint is; stock's is the trainer's state."""
     folder = newest(checkpoints, prefix)
     assert folder is not None
     name = "manifest.json" if (folder / "manifest.json").exists() else "trainer_state.json"
     (folder / name).unlink()
+    return name
 
 
-def leave_half(rng: random.Random, checkpoints: Path, prefix: str) -> None:
+def leave_half(rng: random.Random, checkpoints: Path, prefix: str) -> str:
     """Leave what a kill in a save leaves: some files of a newer checkpoint, where the side writes them."""
     whole = newest(checkpoints, prefix)
     assert whole is not None
@@ -173,6 +181,7 @@ def leave_half(rng: random.Random, checkpoints: Path, prefix: str) -> None:
     files = _files(whole)
     for file in files[: rng.randint(1, len(files) - 1)]:
         shutil.copy(file, half / file.name)
+    return half.name
 
 
 def fill(checkpoints: Path, rng: random.Random) -> None:

@@ -28,6 +28,7 @@ class Outcome:
     same: bool
     attempts: int
     why: str = ""
+    """What went wrong, and where it can be looked at; else what was damaged."""
 
 
 @dataclass
@@ -102,7 +103,13 @@ class Arena:
             end = self._watch(side, attempt, plan, checkpoints)
             if isinstance(end.last, Finished):
                 same = end.last.weights_hash == plan.paces.weights
-                return Outcome(plan.done, True, same, number, "" if same else f"other weights; {folder}")
+                return Outcome(
+                    plan.done,
+                    True,
+                    same,
+                    number,
+                    plan.damaged if same else f"other weights; {plan.damaged}; {folder}",
+                )
             if plan.done and not had_struck:
                 # What a person would do is done here: nothing after a kill, and room made on a full disk.
                 if plan.kind.act == "fill":
@@ -110,10 +117,12 @@ class Arena:
                     if not _left_for_room(end):
                         return Outcome(True, False, False, number, f"{end.last}; {folder}")
                 if plan.kind.damage is not None:
-                    plan.kind.damage(plan.rng, checkpoints, side.prefix)
+                    plan.damaged = plan.kind.damage(plan.rng, checkpoints, side.prefix)
                 if plan.kind.act != "stop":
                     continue
-            return Outcome(True, False, False, number, f"exit {end.code}, {end.last}; {folder}")
+            return Outcome(
+                True, False, False, number, f"exit {end.code}, {end.last}; {plan.damaged}; {folder}"
+            )
         return Outcome(True, False, False, ATTEMPTS, f"did not end; {folder}")
 
     def _watch(self, side: Side, attempt: Attempt, plan: Plan, checkpoints: Path) -> _End:
