@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
+from agent.cli_branch import branching
 from agent.cli_commands import commands
 from agent.cli_options import AsJson, JobPath, given, settings_of
 from agent.cli_start import guarded, leaf, log_to, warn
@@ -239,6 +240,7 @@ def _advance(
 
 
 app.add_typer(commands)
+app.add_typer(branching)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agent.cli_options import AsJson, Checkpoint, HubKey, HubUrl, JobName, JobPath, door
+from agent.cli_options import AcceptChanges, AsJson, Checkpoint, HubKey, HubUrl, JobName, JobPath, door
 from agent.cli_options import backend as backend_of
 from protocol.version import AGENT_VERSION, PROTOCOL_VERSION
 
@@ -118,8 +118,9 @@ def _act(
     api_key: str,
     as_json: bool,
     checkpoint: str = "",
+    accept_changes: bool = False,
 ) -> str:
-    answer = door(context, hub, api_key).act(job_id, action, checkpoint)
+    answer = door(context, hub, api_key).act(job_id, action, checkpoint, accept_changes)
     return json.dumps(answer) if as_json else str(answer.get("message") or f"{action}: {job_id}")
 
 
@@ -139,6 +140,7 @@ def resume(
     context: typer.Context,
     job_id: JobName,
     checkpoint: Checkpoint = "",
+    accept_changes: AcceptChanges = False,
     hub: HubUrl = "",
     api_key: HubKey = "",
     as_json: AsJson = False,
@@ -147,7 +149,7 @@ def resume(
 
     Example: training-agent resume my-job --checkpoint best
     """
-    return _act(context, job_id, "resume", hub, api_key, as_json, checkpoint)
+    return _act(context, job_id, "resume", hub, api_key, as_json, checkpoint, accept_changes)
 
 
 @commands.command()
@@ -177,15 +179,16 @@ def retry(
     context: typer.Context,
     job_id: JobName,
     checkpoint: Checkpoint = "",
+    accept_changes: AcceptChanges = False,
     hub: HubUrl = "",
     api_key: HubKey = "",
     as_json: AsJson = False,
 ) -> str:
     """Queue a failed or cancelled job again, from its last good checkpoint.
 
-    Example: training-agent retry my-job
+    Example: training-agent retry my-job --accept-changes
     """
-    return _act(context, job_id, "retry", hub, api_key, as_json, checkpoint)
+    return _act(context, job_id, "retry", hub, api_key, as_json, checkpoint, accept_changes)
 
 
 @commands.command()

@@ -32,6 +32,14 @@ Checkpoint = Annotated[
 ]
 
 
+AcceptChanges = Annotated[
+    bool,
+    typer.Option(
+        "--accept-changes", help="Go on although data, tokenizer, settings or versions have changed since."
+    ),
+]
+
+
 class Given(msgspec.Struct, frozen=True):
     """What went before the command."""
 

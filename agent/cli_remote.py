@@ -30,7 +30,13 @@ class Door(Protocol):
 
     def logs(self, job_id: str, limit: int, offset: int) -> Json: ...
 
-    def act(self, job_id: str, action: str, checkpoint: str) -> Json: ...
+    def act(self, job_id: str, action: str, checkpoint: str, accept_changes: bool) -> Json: ...
+
+    def branch(self, job_id: str, body: Json) -> Json: ...
+
+    def checkpoints(self, job_id: str) -> Json: ...
+
+    def pin(self, job_id: str, checkpoint: str, pinned: bool) -> Json: ...
 
     def close(self) -> None: ...
 
@@ -122,9 +128,19 @@ class Local:
         path = f"/api/training/logs/{checked(job_id)}"
         return self._http.ask("GET", path, params={"limit": limit, "offset": offset})
 
-    def act(self, job_id: str, action: str, checkpoint: str) -> Json:
-        body = {"checkpoint_path": checkpoint} if checkpoint else {}
+    def act(self, job_id: str, action: str, checkpoint: str, accept_changes: bool) -> Json:
+        body = _wish(checkpoint, accept_changes)
         return self._http.ask("POST", f"/api/training/{action}/{checked(job_id)}", json=body)
+
+    def branch(self, job_id: str, body: Json) -> Json:
+        return self._http.ask("POST", f"/api/training/branch/{checked(job_id)}", json=body)
+
+    def checkpoints(self, job_id: str) -> Json:
+        return self._http.ask("GET", f"/api/training/checkpoints/{checked(job_id)}")
+
+    def pin(self, job_id: str, checkpoint: str, pinned: bool) -> Json:
+        body = {"checkpoint": checkpoint, "pinned": pinned}
+        return self._http.ask("POST", f"/api/training/checkpoints/{checked(job_id)}", json=body)
 
 
 class Hub:
@@ -151,9 +167,18 @@ class Hub:
         path = rest.JOB.format(job_id=checked(job_id)) + "/logs"
         return self._http.ask("GET", path, params={"limit": limit, "offset": offset})
 
-    def act(self, job_id: str, action: str, checkpoint: str) -> Json:
-        body = {"action": action, **({"checkpoint_path": checkpoint} if checkpoint else {})}
+    def act(self, job_id: str, action: str, checkpoint: str, accept_changes: bool) -> Json:
+        body = {"action": action, **_wish(checkpoint, accept_changes)}
         return self._http.ask("POST", rest.JOB.format(job_id=checked(job_id)) + "/control", json=body)
+
+    def branch(self, job_id: str, body: Json) -> Json:
+        return self._http.ask("POST", rest.JOB.format(job_id=checked(job_id)) + "/branch", json=body)
+
+    def checkpoints(self, job_id: str) -> Json:
+        return self._http.ask("GET", rest.JOB.format(job_id=checked(job_id)) + "/checkpoints")
+
+    def pin(self, job_id: str, checkpoint: str, pinned: bool) -> Json:
+        raise NotPossible("Checkpoints lie on the agent's machine: pin them there, without --hub.")
 
     def submit(self, config: Mapping[str, Any], *, job_id: str, dataset_path: str, name: str) -> Json:
         """Hand in a job; the answer holds its ``job_id``."""
@@ -172,6 +197,11 @@ class Hub:
         except OSError as error:
             raise BadJob(f"cannot read {path}: {error.strerror or error}") from error
         return str(answer["storage_path"])
+
+
+def _wish(checkpoint: str, accept_changes: bool) -> Json:
+    wish: Json = {"checkpoint_path": checkpoint} if checkpoint else {}
+    return wish | ({"accept_changes": True} if accept_changes else {})
 
 
 def checked(job_id: str) -> str:

@@ -78,6 +78,7 @@ _SHOWN = [
     "created_at",
     "started_at",
     "completed_at",
+    "resumed_from_job_id",
     "resume_from_checkpoint",
     "model_path",
     "merged_path",
@@ -90,12 +91,42 @@ def status(job: Mapping[str, Any]) -> str:
     lines = [
         f"{name.replace('_', ' '):<22} {job[name]}" for name in _SHOWN if job.get(name) not in (None, "")
     ]
+    if isinstance(job.get("estimate"), dict):
+        lines.append(f"{'estimate':<22} {estimate(job['estimate'])}")
+    if isinstance(job.get("resume_check"), dict):
+        lines.append(f"{'resume check':<22} {job['resume_check']['text']}")
     failure = job.get("failure")
     if isinstance(failure, dict) and failure.get("advice"):
         lines.append(f"{'advice':<22} {failure['advice']}")
     lines += [
         f"{'note':<22} {note['text'] if isinstance(note, dict) else note}" for note in job.get("notes") or []
     ]
+    return "\n".join(lines)
+
+
+def estimate(said: Mapping[str, Any]) -> str:
+    """Return on one line what a job was found to need."""
+    parts = [f"{said['device_gb']:.1f} GB on {said['device']}"] if said.get("device_gb") is not None else []
+    parts += [f"{said['host_gb']:.1f} GB memory", f"{said['disk_gb']:.1f} GB disk"]
+    if said.get("total_seconds") is not None:
+        parts.append(f"{said['total_seconds'] / 60:.0f} min")
+    return ", ".join(parts) + ("" if said.get("fits", True) else ": does not fit")
+
+
+def checkpoints(found: Sequence[Mapping[str, Any]]) -> str:
+    """Return the list of checkpoints, as an agent or a backend tells it."""
+    if not found:
+        return "No checkpoint yet."
+    lines = []
+    for one in found:
+        name = one.get("name") or str(one.get("path", "")).replace("\\", "/").rpartition("/")[2]
+        size = (one.get("size_bytes") or one.get("size") or 0) / (1 << 20)
+        loss = one.get("eval_loss")
+        marks = [mark for mark in ("best", "latest", "pinned") if one.get(f"is_{mark}")]
+        held_out = f"held out {loss:.4f}" if isinstance(loss, float | int) else ""
+        lines.append(
+            f"{name:<12} epoch {one['epoch']:<7.2f} {size:8.1f} MB  {held_out:<16} {' '.join(marks)}".rstrip()
+        )
     return "\n".join(lines)
 
 

@@ -87,7 +87,7 @@ def _run(wish: Wish, tell: Tell, stack: contextlib.ExitStack) -> int:
         webbrowser.open(page)
     for old in hub.jobs():
         if old["status"] not in ENDED:
-            hub.act(str(old["id"]), "cancel", "")
+            hub.act(str(old["id"]), "cancel", "", False)
             tell(News(text=f"Job {old['id']} of an earlier demo is cancelled."))
     agent = _start(
         wish.home / "agent.log", ["agent", "start"], _agent_settings(wish.home, hub.url, key), wish.home

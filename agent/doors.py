@@ -12,11 +12,12 @@ import anyio.to_thread
 import msgspec
 
 from agent.core import agenda
-from agent.core.control import change, new_job, order_for, retried, wanted
+from agent.core.control import change, new_job, order_for, parsed, retried, wanted
 from agent.core.job import Job, settle
 from agent.core.ports import CheckpointView, Health, JobView, LogPage, PointView
 from agent.desk import JobDesk
 from agent.errors import BadJob, NotPossible
+from protocol.branching import branched
 from protocol.jobspec import BadSpec, JobId
 from protocol.lifecycle import HAS_WORKER, JobState, Want
 from protocol.messages import CommandKind
@@ -37,6 +38,7 @@ class Doors:
         health: Callable[[], Health],
         read_log: Callable[[str, int, int], Awaitable[LogPage]],
         list_checkpoints: Callable[[str], Awaitable[list[CheckpointView]]],
+        pin: Callable[[str, str, bool], Awaitable[None]],
         datasets_dir: Path,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -44,6 +46,7 @@ class Doors:
         self._health = health
         self._read_log = read_log
         self._list_checkpoints = list_checkpoints
+        self._pin = pin
         self._datasets = datasets_dir
         self._clock = clock
 
@@ -102,18 +105,65 @@ class Doors:
         """Return all jobs, oldest first."""
         return [view(job, self._desk) for job in sorted(self._desk.jobs.values(), key=lambda job: job.order)]
 
-    async def want(self, job_id: str, want: Want, *, checkpoint: str = "", by: str = "owner") -> str:
+    async def branch(
+        self,
+        job_id: str,
+        *,
+        checkpoint: str = "",
+        adjustments: Mapping[str, Any],
+        new_id: str = "",
+        name: str = "",
+        by: str = "owner",
+    ) -> str:
+        """Take a new job that begins with a checkpoint of this one; return its id."""
+        job = self._desk.job(job_id)
+        if job.dataset_sha256:
+            raise NotPossible(
+                "The backend serves this job's data set; branch it there, so that it can be had."
+            )
+        try:
+            config = branched(parsed(job.config), adjustments, job_id, checkpoint)
+        except BadSpec as error:
+            raise BadJob(str(error)) from None
+        new_id = new_id or f"{job_id[:100]}-{secrets.token_hex(3)}"
+        if new_id in self._desk.jobs:
+            raise BadJob(f"There is already a job {new_id}; choose another id for the branch.")
+        return await self.submit(config, job_id=new_id, dataset_path=job.dataset_path, name=name, by=by)
+
+    async def pin(self, job_id: str, checkpoint: str, pinned: bool) -> list[CheckpointView]:
+        """Keep a checkpoint from being deleted, or no more; return all of them as they are now."""
+        self._desk.job(job_id)
+        await self._pin(job_id, checkpoint, pinned)
+        return await self._list_checkpoints(job_id)
+
+    async def want(
+        self,
+        job_id: str,
+        want: Want,
+        *,
+        checkpoint: str = "",
+        accept_changes: bool = False,
+        by: str = "owner",
+    ) -> str:
         """Write what is wanted of a job; return a sentence on what happens now."""
         now = self._clock()
         job = await self._desk.change(
-            job_id, lambda job: wanted(job, want, by=by, now=now, checkpoint=checkpoint)
+            job_id,
+            lambda job: wanted(
+                job, want, by=by, now=now, checkpoint=checkpoint, accept_changes=accept_changes
+            ),
         )
         return f"The job is {job.state}" + ("." if _reached(job, want) else f"; {want} was asked for.")
 
-    async def retry(self, job_id: str, *, checkpoint: str = "", by: str = "owner") -> str:
+    async def retry(
+        self, job_id: str, *, checkpoint: str = "", accept_changes: bool = False, by: str = "owner"
+    ) -> str:
         """Queue a failed or cancelled job again."""
         now = self._clock()
-        job = await self._desk.change(job_id, lambda job: retried(job, by=by, now=now, checkpoint=checkpoint))
+        job = await self._desk.change(
+            job_id,
+            lambda job: retried(job, by=by, now=now, checkpoint=checkpoint, accept_changes=accept_changes),
+        )
         return f"The job is {job.state}; it goes on from its last good checkpoint."
 
     async def move_to_front(self, job_id: str) -> int:

@@ -17,7 +17,9 @@ from agent.core.effects import Effect
 from agent.core.job import CANCEL_GRACE, Job, report
 from agent.core.ports import CheckpointView
 from agent.desk import JobDesk
+from agent.errors import NotPossible
 from agent.net.download import DownloadFailed, fetch_dataset
+from agent.runtime import branch
 from agent.runtime import workspace as places
 from agent.runtime.environment import child_env
 from agent.runtime.leftovers import BadLeftovers, forget_leftovers, read_leftovers
@@ -121,8 +123,16 @@ class Launching:
                 FailureReason.DISK_FULL, f"The job's folders cannot be made: {error}."
             ) from None
         job = self._desk.job(job.job_id)
-        stop = job.want is Want.STOP
-        return Start(spec, job.attempt, space, limits, start_at, stop_at_once=stop, parameters=job.parameters)
+        return Start(
+            spec,
+            job.attempt,
+            space,
+            limits,
+            start_at,
+            stop_at_once=job.want is Want.STOP,
+            parameters=job.parameters,
+            accept_changes=job.accept_changes,
+        )
 
     async def _start(self, job_id: str, order: Start) -> None:
         log = self._settings.logs_dir / f"{job_id}.log"
@@ -211,6 +221,9 @@ class Launching:
             data=data,
             eval_data=evaluation,
             tokenizer=tokenizer,
+            branch=str(branch.take(spec.branch, settings.checkpoints_dir, spec.job_id))
+            if spec.branch
+            else "",
         )
 
     def _resume_from(self, job: Job) -> str:
@@ -237,6 +250,7 @@ class Launching:
             logging_steps=settings.metrics_report_interval_steps,
             save_steps=settings.checkpoint_interval_steps,
             hub=settings.allow_hub,
+            verify_resume=settings.verify_resume,
         )
 
     def _env(self, device: str) -> dict[str, str]:
@@ -278,6 +292,15 @@ class Launching:
         folder = self._settings.checkpoints_dir / job_id
         found = await anyio.to_thread.run_sync(places.checkpoints_of, folder)
         return [msgspec.convert(one, CheckpointView) for one in found]
+
+    async def pin(self, job_id: str, checkpoint: str, pinned: bool) -> None:
+        """Keep a checkpoint from being deleted, or no more. Raises NotPossible."""
+        folder = self._settings.checkpoints_dir / job_id
+        act = places.pin if pinned else places.unpin
+        try:
+            await anyio.to_thread.run_sync(act, folder, checkpoint)
+        except places.WorkspaceError as error:
+            raise NotPossible(str(error)) from None
 
     def prune(self) -> None:
         """Delete fetched data sets that no job can still need."""

@@ -216,8 +216,12 @@ class JournalUplink:
         try:
             if kind is CommandKind.RETRY:
                 checkpoint = str(message.args.get("checkpoint", ""))
+                accept = bool(message.args.get("accept_changes", 0))
                 await self._desk.change(
-                    message.job_id, lambda job: retried(job, by="user", now=now, checkpoint=checkpoint)
+                    message.job_id,
+                    lambda job: retried(
+                        job, by="user", now=now, checkpoint=checkpoint, accept_changes=accept
+                    ),
                 )
             elif kind is CommandKind.SEND_LOG:
                 await self._send_log(message.job_id, int(message.args.get("offset", 0)))

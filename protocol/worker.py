@@ -38,6 +38,8 @@ class Workspace(msgspec.Struct, frozen=True, kw_only=True):
     """A local file or folder, or a Hub name where the owner allows the Hub."""
     eval_data: str = ""
     tokenizer: str = ""
+    branch: str = ""
+    """The checkpoint of another job that this one begins with, while it has no good one of its own."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):

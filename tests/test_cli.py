@@ -78,6 +78,8 @@ def test_help_names_every_command_and_each_has_an_example(capsys: pytest.Capture
         "cancel",
         "stop",
         "retry",
+        "checkpoints",
+        "branch",
         "schema",
         "version",
     ]

@@ -16,6 +16,7 @@ from protocol.worker import EvaluateNow, Parameters, SaveNow, SetParameters
 
 OWNER = "owner"
 USER = "user"
+_BEFORE_A_START = (JobState.QUEUED, JobState.PAUSING, JobState.PAUSED)
 
 
 def offered(desired: Desired, *, order: int, now: float) -> Job:
@@ -52,6 +53,7 @@ def new_job(job_id: str, config: str, *, dataset_path: str, name: str, order: in
         model_name=spec.model.name,
         method=spec.method,
         learning_rate=spec.training.learning_rate,
+        branched_from=spec.branch.job_id if spec.branch is not None else "",
     )
 
 
@@ -99,7 +101,14 @@ def desire(job: Job, desired: Desired, *, now: float) -> tuple[Job, list[Effect]
             )
     else:
         try:
-            job, more = wanted(job, want, by=USER, now=now, checkpoint=desired.checkpoint)
+            job, more = wanted(
+                job,
+                want,
+                by=USER,
+                now=now,
+                checkpoint=desired.checkpoint,
+                accept_changes=desired.accept_changes,
+            )
         except NotPossible as error:
             # A job wanted to run again is being retried: the command for that comes by itself.
             more = [] if want is Want.RUN else [_warning(job, now, str(error))]
@@ -130,7 +139,9 @@ def usable(parameters: Parameters) -> tuple[Parameters, list[str]]:
     ]
 
 
-def wanted(job: Job, want: Want, *, by: str, now: float, checkpoint: str = "") -> tuple[Job, list[Effect]]:
+def wanted(
+    job: Job, want: Want, *, by: str, now: float, checkpoint: str = "", accept_changes: bool = False
+) -> tuple[Job, list[Effect]]:
     """Write what is wanted of a job, and do what can be done at once.
 
     Raises NotPossible, with the sentence to answer, for what a terminal state cannot do.
@@ -141,14 +152,19 @@ def wanted(job: Job, want: Want, *, by: str, now: float, checkpoint: str = "") -
     change: dict[str, Any] = {"want": want, "want_by": by}
     if checkpoint and want in (Want.RUN, Want.STOP):
         change["checkpoint"] = checkpoint
+    if accept_changes and want in (Want.RUN, Want.STOP) and job.state in _BEFORE_A_START:
+        # A running job has begun already: the word would stay for a start that it was not meant for.
+        change["accept_changes"] = True
     return settle(msgspec.structs.replace(job, **change), now=now, by=by)
 
 
-def retried(job: Job, *, by: str, now: float, checkpoint: str = "") -> tuple[Job, list[Effect]]:
+def retried(
+    job: Job, *, by: str, now: float, checkpoint: str = "", accept_changes: bool = False
+) -> tuple[Job, list[Effect]]:
     """Queue a failed or cancelled job again; it goes on from its last good checkpoint."""
     if job.state not in (JobState.FAILED, JobState.CANCELLED):
         raise NotPossible(f"The job is {job.state}; only a failed or cancelled job can be retried.")
-    job = msgspec.structs.replace(job, checkpoint=checkpoint, want_by=by)
+    job = msgspec.structs.replace(job, checkpoint=checkpoint, want_by=by, accept_changes=accept_changes)
     return react(job, Trigger.RETRY, now=now, by=by)
 
 

@@ -9,7 +9,7 @@ from protocol.failures import Failure
 from protocol.lifecycle import JobState, Want
 from protocol.messages import Command, CommandKind, Desired, Hello
 from protocol.session import Key
-from protocol.worker import Parameters
+from protocol.worker import Estimate, Parameters, Verified
 
 
 class JobView(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +44,9 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     trend: str = ""
     facts: dict[str, str] = {}
     resumed_from: str = ""
+    branched_from: str = ""
+    estimate: Estimate | None = None
+    resume_check: Verified | None = None
     model_path: str = ""
     merged_path: str = ""
     weights_hash: str = ""
@@ -76,6 +79,7 @@ class CheckpointView(msgspec.Struct, frozen=True, kw_only=True):
     created_at: str
     is_best: bool
     is_latest: bool
+    is_pinned: bool = False
 
 
 class LogPage(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,11 +129,38 @@ class Desk(Protocol):
 
     def jobs(self) -> list[JobView]: ...
 
-    async def want(self, job_id: str, want: Want, *, checkpoint: str = "", by: str = "owner") -> str:
+    async def want(
+        self,
+        job_id: str,
+        want: Want,
+        *,
+        checkpoint: str = "",
+        accept_changes: bool = False,
+        by: str = "owner",
+    ) -> str:
         """Write what is wanted of a job; return a sentence on what happens now. ``checkpoint``: "", "best" or a path."""
         ...
 
-    async def retry(self, job_id: str, *, checkpoint: str = "", by: str = "owner") -> str: ...
+    async def retry(
+        self, job_id: str, *, checkpoint: str = "", accept_changes: bool = False, by: str = "owner"
+    ) -> str: ...
+
+    async def branch(
+        self,
+        job_id: str,
+        *,
+        checkpoint: str = "",
+        adjustments: Mapping[str, Any],
+        new_id: str = "",
+        name: str = "",
+        by: str = "owner",
+    ) -> str:
+        """Take a new job that begins with a checkpoint of this one; return its id."""
+        ...
+
+    async def pin(self, job_id: str, checkpoint: str, pinned: bool) -> list[CheckpointView]:
+        """Keep a checkpoint from being deleted, or no more; return all of them as they are now."""
+        ...
 
     async def move_to_front(self, job_id: str) -> int:
         """Put a queued job first (a failed or cancelled one is queued again); return its queue position."""

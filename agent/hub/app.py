@@ -49,6 +49,7 @@ def routes() -> list[BaseRoute]:
         (f"{JOB}/logs", "GET", rest_jobs.get_logs),
         (f"{JOB}/checkpoints", "GET", rest_jobs.get_checkpoints),
         (f"{JOB}/control", "POST", rest_jobs.post_control),
+        (f"{JOB}/branch", "POST", rest_jobs.post_branch),
         (f"{JOB}/update-params", "PATCH", rest_jobs.patch_params),
         (DATASET, "GET", rest_append.get_dataset),
         (UPLOAD, "POST", datasets.upload),

@@ -14,6 +14,7 @@ from agent.hub.points import named
 from agent.hub.store import Store
 from agent.hub.tables import find_agent
 from protocol.messages import Command, Desired
+from protocol.rest import Branch
 
 ONLINE_SECONDS = 60
 """An agent that only polls is online for this long after a poll."""
@@ -63,9 +64,14 @@ class Hub:
         if given:
             self.feed.tell(AGENTS)
 
-    async def control(self, job_id: str, action: str, checkpoint: str = "") -> tuple[Job, bool]:
+    async def control(
+        self, job_id: str, action: str, checkpoint: str = "", accept_changes: bool = False
+    ) -> tuple[Job, bool]:
         """Write down what is wanted and tell the agent at once; return the job and whether it was told."""
-        job = await self.store.write(lambda db: jobs.control(db, job_id, action, checkpoint, self.clock()))
+        now = self.clock()
+        job = await self.store.write(
+            lambda db: jobs.control(db, job_id, action, checkpoint, now, accept_changes)
+        )
         told = self.push(job)
         if action == "retry" and job.agent_id is not None:
             agent_id = job.agent_id
@@ -78,6 +84,12 @@ class Hub:
         if job.agent_id is None and job.live:
             await self.place()
         return job, told
+
+    async def branch(self, job_id: str, body: Branch) -> tuple[Job, bool]:
+        """Begin a new job with a checkpoint of this one; return it, and whether its agent was told."""
+        job = await self.store.write(lambda db: jobs.branch(db, job_id, body, self.clock()))
+        self.changed(job)
+        return job, self.push(job)
 
     async def adjust(self, job_id: str, body: dict[str, object]) -> tuple[Job, bool]:
         """Ask for live parameters; return the job and whether its agent was told."""

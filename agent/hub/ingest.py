@@ -9,7 +9,7 @@ from agent.hub import logs
 from agent.hub.errors import StreamRefused
 from agent.hub.model import Agent, Job
 from agent.hub.points import Named, Shapes, store_points
-from agent.hub.progress import moved, take_facts, take_result, take_snapshot
+from agent.hub.progress import moved, take_facts, take_result, take_resume_check, take_snapshot
 from agent.hub.store import Db
 from agent.hub.tables import find_agent, find_job, save_agent, save_job
 from protocol.codec import BadMessage, Codec, Unknown, encode_record, number
@@ -18,6 +18,7 @@ from protocol.records import (
     Checkpoint,
     CommandDone,
     Figures,
+    JobEstimate,
     JobFacts,
     JobStatus,
     LogChunk,
@@ -25,6 +26,7 @@ from protocol.records import (
     ParametersApplied,
     Point,
     Result,
+    ResumeCheck,
     Schema,
     Snapshot,
 )
@@ -207,10 +209,15 @@ def _take(db: Db, job: Job, record: AnyRecord, now: float) -> None:
                 "INSERT OR REPLACE INTO checkpoints (job, attempt, name, body) VALUES (?,?,?,?)",
                 (job.id, record.attempt, record.name, encode_record(record)),
             )
+            job.accept_changes = False
             if record.is_best:
                 job.best_checkpoint_path = record.name
         case Notice(time=time, level=level, text=text):
             job.note(time, level, text)
+        case JobEstimate(estimate=estimate):
+            job.estimate = estimate
+        case ResumeCheck():
+            take_resume_check(job, record)
         case ParametersApplied(time=time, step=step, parameters=parameters, refused=refused):
             asked = {
                 name: value for name, value in msgspec.structs.asdict(parameters).items() if value is not None

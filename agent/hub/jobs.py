@@ -21,10 +21,11 @@ from agent.hub.tables import (
     save_job,
     unassigned_jobs,
 )
+from protocol.branching import branched
 from protocol.jobspec import BadSpec, Natural, Positive
 from protocol.lifecycle import TERMINAL, JobState, Trigger, Want, advance, cannot, pursue
 from protocol.messages import Command, CommandKind, DatasetRef, Desired, Offer
-from protocol.rest import SubmitJob
+from protocol.rest import Branch, SubmitJob
 from protocol.trainingconfig import job_spec
 
 MOST_CONFIG = 114_688
@@ -95,6 +96,11 @@ def submit(db: Db, body: SubmitJob, now: float) -> Job:
         method=spec.method,
         dataset_path=body.dataset_path,
     )
+    if spec.branch is not None:
+        job.branched_from = spec.branch.job_id
+        parent = find_job(db, spec.branch.job_id)
+        # Its checkpoints lie on that agent's disk, so no other can begin with them.
+        job.agent_id = parent.agent_id if parent is not None else None
     path = body.dataset_path or spec.data.path
     row = db.execute("SELECT id, name, sha256, size FROM datasets WHERE storage_path=?", (path,)).fetchone()
     if row is not None:
@@ -102,6 +108,34 @@ def submit(db: Db, body: SubmitJob, now: float) -> Job:
         job.dataset = DatasetRef(row[2], row[3], row[1])
     add_job(db, job)
     return job
+
+
+def branch(db: Db, job_id: str, body: Branch, now: float) -> Job:
+    """Store a job that begins with a checkpoint of this one."""
+    parent = get_job(db, job_id)
+    if not parent.taken:
+        raise Refusal(409, "No agent has taken this job yet, so it has no checkpoint to branch from.")
+    try:
+        whole = body.config is not None
+        config = branched(
+            body.config if body.config is not None else msgspec.json.decode(parent.config),
+            {} if whole else body.config_adjustments,
+            job_id,
+            body.checkpoint,
+        )
+    except BadSpec as wrong:
+        raise Refusal(400, str(wrong)) from None
+    new_id = body.job_id or str(uuid.uuid4())
+    if find_job(db, new_id) is not None:
+        raise Refusal(409, f"There is already a job {new_id}. Choose another job_id.")
+    wanted = SubmitJob(
+        job_id=new_id,
+        config=config,
+        dataset_path=parent.dataset_path,
+        model_name="" if whole else parent.model_name,
+        name=body.name or f"{parent.name or parent.model_name} (branch)"[:MOST_NAME],
+    )
+    return submit(db, wanted, now)
 
 
 def amend(db: Db, job_id: str, fields: Mapping[str, Any], now: float) -> Job:
@@ -122,13 +156,15 @@ def amend(db: Db, job_id: str, fields: Mapping[str, Any], now: float) -> Job:
 _WANTS = {"pause": Want.PAUSE, "resume": Want.RUN, "cancel": Want.CANCEL, "stop": Want.STOP}
 
 
-def control(db: Db, job_id: str, action: str, checkpoint: str, now: float) -> Job:
+def control(
+    db: Db, job_id: str, action: str, checkpoint: str, now: float, accept_changes: bool = False
+) -> Job:
     """Write down what is wanted of a job. Asking twice changes nothing but the version."""
     if len(checkpoint) > MOST_PATH:
         raise Refusal(400, f"checkpoint_path: more than {MOST_PATH} characters.")
     job = get_job(db, job_id)
     if action == "retry":
-        _retry(db, job, now)
+        _retry(db, job, now, checkpoint, accept_changes)
     else:
         want = _WANTS[action]
         refused = cannot(job.state, want)
@@ -144,12 +180,13 @@ def control(db: Db, job_id: str, action: str, checkpoint: str, now: float) -> Jo
                 job.completed_at = now if job.state in TERMINAL else None
     job.version += 1
     job.checkpoint = checkpoint
+    job.accept_changes = accept_changes and action in ("resume", "retry", "stop")
     job.updated_at = now
     save_job(db, job)
     return job
 
 
-def _retry(db: Db, job: Job, now: float) -> None:
+def _retry(db: Db, job: Job, now: float, checkpoint: str, accept_changes: bool) -> None:
     if job.state not in (JobState.FAILED, JobState.CANCELLED):
         raise Refusal(
             409, f"The job is {job.state}; only a job that has failed or was cancelled can be retried."
@@ -160,7 +197,10 @@ def _retry(db: Db, job: Job, now: float) -> None:
     job.by, job.detail, job.phase = "user", "", ""
     job.completed_at, job.failure, job.error = None, None, ""
     if job.agent_id is not None:
-        command = Command(f"{job.id}/retry/{job.version + 1}", CommandKind.RETRY, job.id)
+        args: dict[str, str | int | float] = {"checkpoint": checkpoint} if checkpoint else {}
+        if accept_changes:
+            args["accept_changes"] = 1
+        command = Command(f"{job.id}/retry/{job.version + 1}", CommandKind.RETRY, job.id, args=args)
         db.execute(
             "INSERT OR REPLACE INTO commands (id, agent_id, job, kind, created_at, body) VALUES (?,?,?,?,?,?)",
             (command.command_id, job.agent_id, job.id, command.kind, now, msgspec.msgpack.encode(command)),
@@ -202,7 +242,16 @@ def update_parameters(db: Db, job_id: str, body: Mapping[str, Any], now: float) 
 def desired(job: Job) -> Desired:
     """Return what is wanted of a job, as it is told to its agent."""
     offer = Offer(job.config, job.dataset_path, job.token, job.dataset, job.name[:MOST_NAME], job.attempt)
-    return Desired(job.id, job.version, job.want.value, offer, job.parameters, job.checkpoint, job.reason)
+    return Desired(
+        job.id,
+        job.version,
+        job.want.value,
+        offer,
+        job.parameters,
+        job.checkpoint,
+        job.reason,
+        job.accept_changes,
+    )
 
 
 def assign(db: Db, connected: list[str], now: float) -> list[Job]:

@@ -8,7 +8,7 @@ from protocol.failures import Failure
 from protocol.lifecycle import TERMINAL, JobState, Want
 from protocol.messages import DatasetRef, Machine
 from protocol.rest import STATUS
-from protocol.worker import Parameters
+from protocol.worker import Estimate, Parameters
 
 KEPT_NOTES = 100
 
@@ -59,6 +59,10 @@ class Job(msgspec.Struct, kw_only=True, omit_defaults=True):
     observed: int = 0
     reason: str = ""
     checkpoint: str = ""
+    accept_changes: bool = False
+    """The user's word for the next start; spent with the next checkpoint."""
+    branched_from: str = ""
+    """The job that this one begins with a checkpoint of."""
     parameters: Parameters = Parameters()
     applied: Parameters = Parameters()
     parameter_updates: list[dict[str, Any]] = []
@@ -78,6 +82,9 @@ class Job(msgspec.Struct, kw_only=True, omit_defaults=True):
     device: str = ""
     facts: dict[str, str] = {}
     resumed_from: str = ""
+    estimate: Estimate | None = None
+    resume_check: dict[str, Any] | None = None
+    """What the replay after the last resume found."""
 
     step: int = 0
     epoch: float = 0.0

@@ -1,10 +1,12 @@
 """How a job's row follows what its agent reports."""
 
+import math
+
 from agent.hub.model import Job
 from agent.hub.points import Dot, refresh
 from protocol.codec import number
 from protocol.lifecycle import TERMINAL, JobState
-from protocol.records import JobFacts, JobStatus, Result, Snapshot
+from protocol.records import JobFacts, JobStatus, Result, ResumeCheck, Snapshot
 
 
 def moved(job: Job, record: JobStatus) -> None:
@@ -78,6 +80,21 @@ def take_result(job: Job, result: Result) -> None:
     job.final_step = result.step
     job.results = {name: number(value) for name, value in result.values.items()}
     job.samples = [dict(sample) for sample in result.samples]
+
+
+def take_resume_check(job: Job, check: ResumeCheck) -> None:
+    """Note whether the steps before a resume came out equal when they were replayed."""
+    difference = number(check.difference)
+    found = "equal bit for bit" if check.equal else f"they differ by {difference:.3g}"
+    job.resume_check = {
+        "attempt": check.attempt,
+        "first": check.first,
+        "last": check.last,
+        "equal": check.equal,
+        "difference": difference if difference is None or math.isfinite(difference) else None,
+        "detail": check.detail,
+        "text": f"Steps {check.first} to {check.last} replayed: {found}. {check.detail}".strip(),
+    }
 
 
 def take_snapshot(job: Job, snapshot: Snapshot) -> None:

@@ -16,7 +16,7 @@ from agent.hub.tables import find_job, get_job, list_jobs
 from agent.hub.web import Json, json_of, shaped, whole
 from protocol.codec import decode_record
 from protocol.records import Checkpoint
-from protocol.rest import Control, SubmitJob
+from protocol.rest import Branch, Control, SubmitJob
 
 USER = "local"
 """This hub has one user."""
@@ -143,6 +143,7 @@ async def get_checkpoints(request: Request, hub: Hub) -> Response:
             "eval_loss",
             "train_loss",
             "is_best",
+            "stall",
         )
         return [{name: getattr(one, name) for name in names} for one in found]
 
@@ -159,7 +160,9 @@ async def post_control(request: Request, hub: Hub) -> Response:
     if raw.get("action") not in actions:
         raise Refusal(400, f"Invalid or missing action. Must be one of: {', '.join(actions)}")
     body = shaped(raw, Control)
-    job, told = await hub.control(request.path_params["job_id"], body.action, body.checkpoint_path)
+    job, told = await hub.control(
+        request.path_params["job_id"], body.action, body.checkpoint_path, body.accept_changes
+    )
     result = {
         "want": job.want.value,
         "desired_version": job.version,
@@ -168,6 +171,26 @@ async def post_control(request: Request, hub: Hub) -> Response:
         "agent_told": told,
     }
     return Json({"success": True, "action": body.action, "job_id": job.id, "result": result})
+
+
+async def post_branch(request: Request, hub: Hub) -> Response:
+    """`POST .../{id}/branch`: a new job that begins with a checkpoint of this one."""
+    await hub.keys.require(request.headers)
+    body = shaped(await json_of(request), Branch)
+    parent_id = request.path_params["job_id"]
+    job, told = await hub.branch(parent_id, body)
+    where = f"checkpoint {body.checkpoint}" if body.checkpoint else "the newest checkpoint"
+    return Json(
+        {
+            "success": True,
+            "job_id": job.id,
+            "job_token": job.token,
+            "status": job.status,
+            "resumed_from_job_id": parent_id,
+            "agent_told": told,
+            "message": f"Job {job.id} begins with {where} of {parent_id}.",
+        }
+    )
 
 
 async def patch_params(request: Request, hub: Hub) -> Response:

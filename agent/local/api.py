@@ -17,13 +17,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from agent.config import Settings
-from agent.core.ports import Desk
+from agent.core.ports import CheckpointView, Desk
 from agent.errors import AgentError, BadJob, NotPossible, UnknownJob
 from agent.local import prometheus, views
 from agent.local.auth import Guard
 from protocol.lifecycle import JobState, Want
 from protocol.messages import CommandKind
-from protocol.rest import STATUS, Execute
+from protocol.rest import STATUS, Branch, Execute
 from protocol.worker import Parameters
 
 T = TypeVar("T")
@@ -44,6 +44,14 @@ class _Empty(msgspec.Struct):
 
     checkpoint_path: str = ""
     resume_from_best: bool = False
+    accept_changes: bool = False
+
+
+class _Pin(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Which checkpoint is to be kept, or no more."""
+
+    checkpoint: str
+    pinned: bool = True
 
 
 class _Update(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -78,6 +86,8 @@ def build(desk: Desk, settings: Settings, token: str) -> Starlette:
         Route(f"{job}/logs/{{job_id}}", doors.logs),
         Route(f"{job}/metrics/{{job_id}}", doors.points),
         Route(f"{job}/checkpoints/{{job_id}}", doors.checkpoints),
+        Route(f"{job}/checkpoints/{{job_id}}", doors.pin, methods=["POST"]),
+        Route(f"{job}/branch/{{job_id}}", doors.branch, methods=["POST"]),
         *(
             Route(f"{job}/{want}/{{job_id}}", doors.wanting(meaning), methods=["POST"])
             for want, meaning in _WANTS.items()
@@ -163,7 +173,30 @@ class _Doors:
 
     async def checkpoints(self, request: Request) -> Response:
         job_id = self._job(request).job_id
-        found = await self._desk.checkpoints(job_id)
+        return self._listed(job_id, await self._desk.checkpoints(job_id))
+
+    async def pin(self, request: Request) -> Response:
+        job_id = self._job(request).job_id
+        body = await _body(request, _Pin, MAX_BODY)
+        return self._listed(job_id, await self._desk.pin(job_id, body.checkpoint, body.pinned))
+
+    async def branch(self, request: Request) -> Response:
+        job_id = self._job(request).job_id
+        body = await _body(request, Branch, MAX_JOB)
+        if body.config is not None:
+            raise HTTPException(400, "config: give what is to be changed, as config_adjustments.")
+        new_id = await self._desk.branch(
+            job_id,
+            checkpoint=body.checkpoint,
+            adjustments=body.config_adjustments,
+            new_id=body.job_id or "",
+            name=body.name,
+            by=BY,
+        )
+        where = f"checkpoint {body.checkpoint}" if body.checkpoint else "the newest checkpoint"
+        return _json({"job_id": new_id, "message": f"Job {new_id} begins with {where} of {job_id}."})
+
+    def _listed(self, job_id: str, found: list[CheckpointView]) -> Response:
         best = next((one for one in found if one.is_best), None)
         return _json(
             {
@@ -176,9 +209,9 @@ class _Doors:
 
     async def retry(self, request: Request) -> Response:
         job_id = self._job(request).job_id
-        return self._done(
-            job_id, await self._desk.retry(job_id, checkpoint=await _checkpoint(request), by=BY)
-        )
+        checkpoint, accept = await _start(request)
+        sentence = await self._desk.retry(job_id, checkpoint=checkpoint, accept_changes=accept, by=BY)
+        return self._done(job_id, sentence)
 
     async def force_start(self, request: Request) -> Response:
         job_id = self._job(request).job_id
@@ -198,8 +231,11 @@ class _Doors:
     def wanting(self, want: Want) -> Callable[[Request], Awaitable[Response]]:
         async def handler(request: Request) -> Response:
             job_id = self._job(request).job_id
-            checkpoint = await _checkpoint(request)
-            return self._done(job_id, await self._desk.want(job_id, want, checkpoint=checkpoint, by=BY))
+            checkpoint, accept = await _start(request)
+            sentence = await self._desk.want(
+                job_id, want, checkpoint=checkpoint, accept_changes=accept, by=BY
+            )
+            return self._done(job_id, sentence)
 
         return handler
 
@@ -242,12 +278,17 @@ async def _body(request: Request, kind: type[T], limit: int) -> T:
         raise HTTPException(400, f"The body is not what this takes: {error}.") from None
 
 
-async def _checkpoint(request: Request) -> str:
-    """Return the checkpoint asked for: the platform puts it in the query, the old agent in the body."""
+async def _start(request: Request) -> tuple[str, bool]:
+    """Return the checkpoint asked for, and whether changes are accepted.
+
+    The platform puts them in the query, the old agent in the body.
+    """
     body = await _body(request, _Empty, MAX_BODY)
-    if body.resume_from_best or request.query_params.get("resume_from_best") == "true":
-        return "best"
-    return request.query_params.get("checkpoint_path") or body.checkpoint_path
+    query = request.query_params
+    accept = body.accept_changes or query.get("accept_changes") == "true"
+    if body.resume_from_best or query.get("resume_from_best") == "true":
+        return "best", accept
+    return query.get("checkpoint_path") or body.checkpoint_path, accept
 
 
 def _number(request: Request, name: str, default: int, low: int, high: int = 2**53) -> int:

@@ -9,6 +9,7 @@ import msgspec
 from agent.core.ports import Health, JobView, PointView
 from protocol.lifecycle import TERMINAL, JobState
 from protocol.rest import METRIC_NAMES, STATUS
+from protocol.worker import Verified
 
 SERVICE = "FineTune Lab Training Agent"
 _FRAME = re.compile(r'^\s*File "(?P<file>.+)", line (?P<line>\d+), in (?P<function>.+)$')
@@ -90,7 +91,10 @@ def status(job: JobView) -> dict[str, Any]:
         "eval_perplexity": job.values.get("perplexity"),
         "loss_trend": job.trend or None,
         "remaining_seconds": job.values.get("eta_seconds"),
+        "resumed_from_job_id": job.branched_from or None,
         "resume_from_checkpoint": job.resumed_from or None,
+        "estimate": msgspec.to_builtins(job.estimate),
+        "resume_check": resume_check(job.resume_check),
         "model_path": job.model_path or None,
         "merged_path": job.merged_path or None,
         "weights_hash": job.weights_hash or None,
@@ -101,6 +105,22 @@ def status(job: JobView) -> dict[str, Any]:
         "results": job.results,
         "samples": job.samples,
         "is_terminal": job.state in TERMINAL,
+    }
+
+
+def resume_check(check: Verified | None) -> dict[str, Any] | None:
+    """Return what the replay after a resume found, with one line that says it."""
+    if check is None:
+        return None
+    found = "equal bit for bit" if check.equal else f"they differ by {check.difference:.3g}"
+    said = f"steps {check.first} to {check.last} replayed: {found}."
+    return {
+        "first": check.first,
+        "last": check.last,
+        "equal": check.equal,
+        "difference": check.difference,
+        "detail": check.detail,
+        "text": f"{said} {check.detail}".strip(),
     }
 
 

@@ -85,22 +85,51 @@ class PlainDesk:
     def jobs(self) -> list[JobView]:
         return list(self._jobs.values())
 
-    async def want(self, job_id: str, want: Want, *, checkpoint: str = "", by: str = "owner") -> str:
+    async def want(
+        self,
+        job_id: str,
+        want: Want,
+        *,
+        checkpoint: str = "",
+        accept_changes: bool = False,
+        by: str = "owner",
+    ) -> str:
         now = self.job(job_id)
         sentence = cannot(now.state, want)
         if sentence:
             raise NotPossible(sentence)
-        self.asked.append(("want", job_id, want, checkpoint, by))
+        self.asked.append(("want", job_id, want, checkpoint, by, *(["accept"] if accept_changes else [])))
         trigger = pursue(now.state, want)
         state = advance(now.state, trigger) if trigger else now.state
         self._jobs[job_id] = msgspec.structs.replace(now, want=want, state=state)
         return f"The job is {state}."
 
-    async def retry(self, job_id: str, *, checkpoint: str = "", by: str = "owner") -> str:
+    async def retry(
+        self, job_id: str, *, checkpoint: str = "", accept_changes: bool = False, by: str = "owner"
+    ) -> str:
         if self.job(job_id).state is not JobState.FAILED:
             raise NotPossible("Only a failed job can be retried.")
-        self.asked.append(("retry", job_id, checkpoint, by))
+        self.asked.append(("retry", job_id, checkpoint, by, *(["accept"] if accept_changes else [])))
         return "The job is queued again."
+
+    async def branch(
+        self,
+        job_id: str,
+        *,
+        checkpoint: str = "",
+        adjustments: Mapping[str, Any],
+        new_id: str = "",
+        name: str = "",
+        by: str = "owner",
+    ) -> str:
+        self.asked.append(
+            ("branch", self.job(job_id).job_id, checkpoint, dict(adjustments), new_id, name, by)
+        )
+        return new_id or "made"
+
+    async def pin(self, job_id: str, checkpoint: str, pinned: bool) -> list[CheckpointView]:
+        self.asked.append(("pin", self.job(job_id).job_id, checkpoint, pinned))
+        return await self.checkpoints(job_id)
 
     async def move_to_front(self, job_id: str) -> int:
         self.asked.append(("front", self.job(job_id).job_id))

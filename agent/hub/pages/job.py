@@ -18,6 +18,7 @@ from agent.hub.points import Dot, curve
 from agent.hub.status import progress
 from agent.hub.store import Db
 from agent.hub.tables import find_job
+from protocol.failures import FailureReason
 from protocol.lifecycle import JobState, Want
 
 TAIL = 300
@@ -74,6 +75,7 @@ class JobPage:
             self._pause = self._button("Pause", "pause", "pause")
             self._resume = self._button("Resume", "play_arrow", "resume")
             self._retry = self._button("Retry", "replay", "retry")
+            self._accept = self._button("Accept changes", "rule", "retry", accept_changes=True)
             self._cancel = self._button("Cancel", "close", "cancel", "negative")
         with ui.column().classes("box p-4 w-full gap-1 border-red-500") as self._failure:
             self._sentence = ui.label().classes("font-medium text-negative").props("data-testid=failure")
@@ -81,6 +83,8 @@ class JobPage:
         with ui.column().classes("box p-4 w-full gap-2"):
             self._bar = ui.linear_progress(0, show_value=False).props("rounded size=10px")
             self._steps = ui.label().classes("text-sm number").props("data-testid=steps")
+            self._needs = ui.label().classes("text-sm quiet").props("data-testid=estimate")
+            self._checked = ui.label().classes("text-sm").props("data-testid=resume_check")
         with ui.row().classes("w-full gap-3"):
             self._figures: dict[str, tuple[ui.column, ui.label]] = {}
             for name, label in _FIGURES:
@@ -97,10 +101,12 @@ class JobPage:
             self._log = ui.log(max_lines=TAIL).classes("w-full log").props("data-testid=log")
         self._draw(job, None)
 
-    def _button(self, text: str, icon: str, action: str, colour: str = "primary") -> ui.button:
+    def _button(
+        self, text: str, icon: str, action: str, colour: str = "primary", *, accept_changes: bool = False
+    ) -> ui.button:
         async def press() -> None:
             try:
-                _, told = await self._hub.control(self._id, action)
+                _, told = await self._hub.control(self._id, action, accept_changes=accept_changes)
             except (Refusal, StoreFailed) as refused:
                 ui.notify(str(refused), type="warning")
                 return
@@ -111,7 +117,7 @@ class JobPage:
             )
 
         return ui.button(text, icon=icon, color=colour, on_click=press).props(
-            f"outline no-caps data-testid={action}"
+            f"outline no-caps data-testid={'accept' if accept_changes else action}"
         )
 
     async def update(self, watch: Watch) -> None:
@@ -139,6 +145,8 @@ class JobPage:
 
     def _draw(self, job: Job, offline_since: float | None) -> None:
         where = f"on {job.agent_id}" if job.agent_id else "no agent yet"
+        if job.branched_from:
+            where += f", branched from {job.facts.get('branched_from', job.branched_from)}"
         if offline_since is not None and job.live:
             where += f" (offline since {words.clock(offline_since)})"
         self._under.text = f"{job.id} - {job.model_name} - {job.method.upper()} - {where}"
@@ -150,12 +158,17 @@ class JobPage:
         self._pause.set_visibility(job.state in _STARTABLE and job.want is not Want.PAUSE)
         self._resume.set_visibility(job.state is JobState.PAUSED or (job.live and job.want is Want.PAUSE))
         self._retry.set_visibility(job.state in (JobState.FAILED, JobState.CANCELLED))
+        self._accept.set_visibility(
+            job.failure is not None and job.failure.reason is FailureReason.CHECKPOINT and not job.live
+        )
         self._cancel.set_visibility(job.live and job.want is not Want.CANCEL)
         self._failure.set_visibility(bool(job.error))
         self._sentence.text = job.error
         self._advice.text = job.failure.advice if job.failure else ""
         self._bar.value = progress(job) / 100
         self._steps.text = self._progress(job)
+        self._needs.text = words.estimate(job.estimate) if job.estimate is not None else ""
+        self._checked.text = job.resume_check["text"] if job.resume_check is not None else ""
         for name, (box, value) in self._figures.items():
             box.set_visibility(job.figures.get(name) is not None)
             value.text = words.figure(job.figures.get(name))

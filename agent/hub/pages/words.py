@@ -5,6 +5,7 @@ import time
 
 from agent.hub.model import Agent, Job
 from protocol.lifecycle import JobState, Want
+from protocol.worker import Estimate
 
 _STATES = {
     JobState.QUEUED: "Waiting for its turn",
@@ -75,6 +76,14 @@ def span(seconds: float | None) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def estimate(said: Estimate) -> str:
+    """Say on one line what a job will need."""
+    parts = [f"{said.device_gb:.1f} GB on {said.device}"] if said.device_gb is not None else []
+    parts += [f"{said.host_gb:.1f} GB of memory", f"{said.disk_gb:.1f} GB of disk"]
+    parts += [span(said.total_seconds)] if said.total_seconds is not None else []
+    return f"Needs about {', '.join(parts)}" + ("." if said.fits else ", more than there is.")
 
 
 def clock(at: float | None) -> str:
