@@ -16,9 +16,12 @@ from protocol.jobspec import JobId
 
 MARKER = ".training-agent-job"
 """File in a job's checkpoints folder that says which job made it, and so that its folders are ours."""
+PINNED = ".pinned-"
+"""Before a checkpoint's name, beside it: the file that says it must stay. The trainer looks at it."""
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _HUB_NAME = re.compile(rf"(?:{_PART}/)?{_PART}")
+_CHECKPOINT = re.compile(r"step-[0-9]{1,12}")
 _FILE_ENDING = re.compile(
     r"\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|zip|bz2|xz|safetensors|gguf)$", re.IGNORECASE
 )
@@ -66,6 +69,7 @@ class CheckpointFacts(TypedDict):
     created_at: str
     is_best: bool
     is_latest: bool
+    is_pinned: bool
 
 
 def resolve_under(folder: Path, given: str, what: str = "path") -> Path:
@@ -151,10 +155,15 @@ def checkpoints_of(folder: Path) -> list[CheckpointFacts]:
     They are listed by their manifests, not verified: the trainer does that before it uses one.
     """
     found = sorted(_manifests(folder), key=lambda one: (one[1].attempt, one[1].step), reverse=True)
-    # Of equal ones the earliest, which comes last here.
+    kept = pinned(folder)
+    # What the trainer held for the best, by the job's own metric, when it saved the newest.
+    told = folder / f"step-{found[0][1].best_step}" if found else None
+    # Else, of equal losses the earliest, which comes last here.
     losses = [(m.eval_loss, path) for path, m, _ in reversed(found) if m.eval_loss is not None]
     finite = [one for one in losses if math.isfinite(one[0])]
     best = min(finite, key=lambda one: one[0])[1] if finite else None
+    if told in [path for path, _, _ in found]:
+        best = told
     return [
         CheckpointFacts(
             path=str(path),
@@ -166,9 +175,42 @@ def checkpoints_of(folder: Path) -> list[CheckpointFacts]:
             created_at=datetime.fromtimestamp(manifest.time, UTC).isoformat(timespec="seconds"),
             is_best=path == best,
             is_latest=position == 0,
+            is_pinned=path.name in kept,
         )
         for position, (path, manifest, size) in enumerate(found)
     ]
+
+
+def pin(folder: Path, name: str) -> None:
+    """Keep the checkpoint ``name`` of a job's folder until it is unpinned. Raises NotThere."""
+    marker = _pin_of(folder, name)
+    marker.touch(mode=0o600)
+    if not (folder / name).is_dir():
+        # It may have gone while the marker was made.
+        marker.unlink(missing_ok=True)
+        raise NotThere(f"There is no checkpoint {name} in {folder}; it may have been deleted meanwhile.")
+
+
+def unpin(folder: Path, name: str) -> None:
+    """Let the checkpoint ``name`` be deleted when its time comes. Harmless when it is not pinned."""
+    _pin_of(folder, name).unlink(missing_ok=True)
+
+
+def pinned(folder: Path) -> set[str]:
+    """Return the names of the checkpoints that are pinned."""
+    return {
+        name
+        for marker in folder.glob(f"{PINNED}*")
+        if (folder / (name := marker.name.removeprefix(PINNED))).is_dir()
+    }
+
+
+def _pin_of(folder: Path, name: str) -> Path:
+    if not _CHECKPOINT.fullmatch(name):
+        raise NotThere(f'{name!r} is no checkpoint\'s name; they are called like "step-100".')
+    if not (folder / name).is_dir():
+        raise NotThere(f"There is no checkpoint {name} in {folder}.")
+    return folder / f"{PINNED}{name}"
 
 
 def free_bytes(path: Path) -> int:
@@ -191,6 +233,7 @@ class _Manifest(msgspec.Struct, frozen=True, kw_only=True):
     time: float
     eval_loss: float | None = None
     train_loss: float | None = None
+    best_step: int = 0
     files: dict[str, _File] = {}
 
 

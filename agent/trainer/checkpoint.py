@@ -4,24 +4,33 @@ A folder named ``step-N`` with a manifest that verifies is a checkpoint; everyth
 moment leaves the older ones untouched, and what was finished but not yet renamed is taken over at the next start.
 """
 
-import errno
-import os
+import contextlib
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import xxhash
 
-from agent.trainer.errors import TrainerError
-from protocol.failures import FailureReason
+from agent.trainer.disk import sync_folder, write_small
 
+if sys.platform != "win32":
+    import fcntl
+
+FORMAT = 2
+"""1: torch.save's files for optimizer, scheduler and random state. 2: safetensors and JSON."""
 MANIFEST = "manifest.json"
 ORIGIN = "resumed-from.json"
 """Beside the checkpoints: which one an attempt was told to go on from. Later ones of older attempts are history."""
 STAGING, DOOMED = ".staging-", ".doomed-"
+PINNED = ".pinned-"
+"""Before the name of a checkpoint: the file that says it must stay (`agent.runtime.workspace` makes and removes it)."""
+JOB_MARKER = ".training-agent-job"
+"""The agent's own file in the folder; without it the folder would count as somebody else's."""
 _PREFIX = "step-"
 _CHUNK = 1 << 22
 
@@ -33,10 +42,20 @@ class FileRecord(msgspec.Struct, frozen=True):
     xxh3_128: str
 
 
+class Ancestor(msgspec.Struct, frozen=True):
+    """A checkpoint of another job that a run began with."""
+
+    job_id: str
+    name: str
+    step: int
+    check: str
+    """Of its manifest."""
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What a checkpoint is, and of what it must consist."""
 
-    format: int = 1
+    format: int = FORMAT
     job_id: str
     step: int
     epoch: float
@@ -45,9 +64,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     time: float
     train_loss: float | None = None
     eval_loss: float | None = None
+    best_step: int = 0
+    """Of the best evaluation so far, by the job's metric; 0: none yet."""
     versions: dict[str, str] = {}
     inputs: dict[str, str] = {}
     """Fingerprints of what must be the same to go on exactly: data, model, method."""
+    lineage: list[Ancestor] = []
+    """The checkpoints of other jobs that the run descends from, the oldest first."""
     files: dict[str, FileRecord] = {}
     check: str = ""
     """xxh3-128 of this manifest with an empty ``check``."""
@@ -72,12 +95,18 @@ class Found:
 
 
 class Checkpoints:
-    """The folder of one job's checkpoints. One process writes to it at a time."""
+    """The folder of one job's checkpoints. One process writes to it at a time.
 
-    def __init__(self, folder: Path) -> None:
+    With ``job_id``, those of another job are passed over.
+    """
+
+    def __init__(self, folder: Path, job_id: str = "") -> None:
         self.folder = folder
+        self.job_id = job_id
         self.in_use: set[Path] = set()
-        """Never deleted by `retain`."""
+        """Never deleted."""
+        marker = folder / JOB_MARKER
+        self._marker = marker.read_bytes() if marker.is_file() else None
 
     def __repr__(self) -> str:
         return f"Checkpoints({str(self.folder)!r}, steps={[_step(path) for path in self._candidates()]})"
@@ -86,36 +115,48 @@ class Checkpoints:
         """Return the folder of the checkpoint at ``step``, there or not."""
         return self.folder / f"{_PREFIX}{step}"
 
-    def save(self, manifest: Manifest, fill: Callable[[Path], None]) -> Found:
+    def save(self, manifest: Manifest, fill: Callable[[Path], Mapping[str, FileRecord] | None]) -> Found:
         """Write a checkpoint: ``fill`` puts its files into a folder, and only then does it appear under its name.
 
-        Raises TrainerError(DISK_FULL) when there is no room; what was there before is untouched.
+        What ``fill`` returns is known of files that it has hashed and synced itself. On any error what was there
+        before is untouched.
         """
         final = self.path(manifest.step)
         staging = self.folder / f"{STAGING}{final.name}"
         shutil.rmtree(staging, ignore_errors=True)
         try:
             staging.mkdir(parents=True)
-            fill(staging)
-            files = {name: _record(staging / name) for name in _names(staging)}
+            files = dict(fill(staging) or {})
+            for name in _names(staging):
+                if name not in files:
+                    files[name] = _record(staging / name)
+                    sync_folder(staging / name)
             sealed = seal(msgspec.structs.replace(manifest, files=files))
-            _write(staging / MANIFEST, msgspec.json.format(msgspec.json.encode(sealed)))
-            _sync_tree(staging)
-        except BaseException as error:
-            full = is_disk_full(error, self.folder)
+            write_small(staging / MANIFEST, msgspec.json.format(msgspec.json.encode(sealed)))
+            for path in [*staging.rglob("*"), staging]:
+                if path.is_dir():
+                    sync_folder(path)
+            replace_folder(staging, final)
+        except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
-            if full:
-                raise disk_full(self.folder, f"the checkpoint at step {manifest.step}") from error
             raise
-        replace_folder(staging, final)
         return Found(final, sealed, sum(record.size for record in files.values()))
+
+    def restore(self) -> bool:
+        """Make the folder again if it has vanished; return whether it had."""
+        if self.folder.is_dir():
+            return False
+        self.folder.mkdir(parents=True, mode=0o700)
+        if self._marker is not None:
+            write_small(self.folder / JOB_MARKER, self._marker)
+        return True
 
     def newest_good(self) -> tuple[Found | None, list[str]]:
         """Return the checkpoint to go on from, and a sentence for each newer one that was passed over."""
         passed: list[str] = []
         for path in self._by_age():
             try:
-                return verify(path), passed
+                return verify(path, self.job_id), passed
             except BadCheckpoint as bad:
                 passed.append(f"Checkpoint {path.name} was passed over: {bad}.")
         return None, passed
@@ -123,17 +164,42 @@ class Checkpoints:
     def note_origin(self, attempt: int, chosen: Path) -> None:
         """Remember that ``attempt`` goes on from ``chosen``, so that a later start does not pick what came after it."""
         if chosen.parent == self.folder:
-            _write(self.folder / ORIGIN, msgspec.json.encode(Origin(attempt, chosen.name)))
+            write_small(self.folder / ORIGIN, msgspec.json.encode(Origin(attempt, chosen.name)))
 
     def retain(self, limit: int) -> None:
-        """Delete the oldest beyond ``limit``; those in use stay."""
-        doomed = [path for path in self._by_age()[limit:] if path not in self.in_use]
-        for path in doomed:
+        """Delete the oldest beyond ``limit``; those in use, pinned or being read stay."""
+        for path in self._by_age()[limit:]:
+            self._delete(path)
+
+    def make_room(self, enough: Callable[[], bool], most: int | None = None) -> int:
+        """Delete the oldest, one by one, until there is ``enough`` room or ``most`` are gone; return how many are.
+
+        The newest good one stays, and so do those in use, pinned or being read.
+        """
+        gone = 0
+        if enough():
+            return 0
+        newest, _ = self.newest_good()
+        for path in reversed(self._by_age()):
+            if newest is not None and path != newest.path and self._delete(path):
+                gone += 1
+                if enough() or gone == most:
+                    break
+        return gone
+
+    def _delete(self, path: Path) -> bool:
+        """Delete a checkpoint unless it must stay; return whether it is gone."""
+        if path in self.in_use or (self.folder / f"{PINNED}{path.name}").exists():
+            return False
+        with _alone(path) as alone:
+            if not alone:
+                return False
             grave = self.folder / f"{DOOMED}{path.name}"
             shutil.rmtree(grave, ignore_errors=True)
             # Renamed first: a kill in the middle of a deletion must not leave half a checkpoint under its name.
             path.rename(grave)
             shutil.rmtree(grave, ignore_errors=True)
+        return True
 
     def sweep(self) -> None:
         """Clear up after a killed process: what it had finished is taken over, the rest is deleted."""
@@ -175,9 +241,42 @@ class Checkpoints:
             return None
 
 
-def verify(path: Path) -> Found:
-    """Return the checkpoint in ``path`` if each of its files is the one that was saved, else raise BadCheckpoint."""
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Keep a checkpoint from being deleted meanwhile, by whatever process; the end of this one lets it go too."""
+    with contextlib.ExitStack() as stack:
+        if sys.platform != "win32":
+            # A folder that is not there, or a disk without locks: whoever reads on will say what is wrong.
+            with contextlib.suppress(OSError):
+                file = stack.enter_context((path / MANIFEST).open("rb"))
+                fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[bool]:
+    """Tell whether no process is reading a checkpoint, and keep others from beginning to."""
+    with contextlib.ExitStack() as stack:
+        alone = True
+        if sys.platform != "win32":
+            try:
+                file = stack.enter_context((path / MANIFEST).open("rb"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                alone = False
+            except OSError:  # never finished, or a disk without locks
+                pass
+        yield alone
+
+
+def verify(path: Path, job_id: str = "") -> Found:
+    """Return the checkpoint in ``path`` if each of its files is the one that was saved, else raise BadCheckpoint.
+
+    With ``job_id``, it must be that job's.
+    """
     manifest = _manifest(path)
+    if job_id and manifest.job_id != job_id:
+        raise BadCheckpoint(f"it is a checkpoint of another job ({manifest.job_id})")
     for name, record in manifest.files.items():
         file = path / name
         try:
@@ -186,7 +285,11 @@ def verify(path: Path) -> Found:
             raise BadCheckpoint(f"its file {name} is missing") from None
         if size != record.size:
             raise BadCheckpoint(f"its file {name} has {size} bytes where {record.size} were saved")
-        if _record(file).xxh3_128 != record.xxh3_128:
+        try:
+            digest = _record(file).xxh3_128
+        except OSError as error:
+            raise BadCheckpoint(f"its file {name} cannot be read ({error.strerror})") from error
+        if digest != record.xxh3_128:
             raise BadCheckpoint(f"the contents of its file {name} are not what was saved")
     return Found(path, manifest, sum(record.size for record in manifest.files.values()))
 
@@ -194,7 +297,12 @@ def verify(path: Path) -> Found:
 def seal(manifest: Manifest) -> Manifest:
     """Return the manifest with the checksum of itself."""
     bare = msgspec.structs.replace(manifest, check="")
-    return msgspec.structs.replace(bare, check=xxhash.xxh3_128_hexdigest(msgspec.json.encode(bare)))
+    return msgspec.structs.replace(bare, check=_checksum(msgspec.to_builtins(bare)))
+
+
+def _checksum(told: dict[str, Any]) -> str:
+    # Of what is written, not of what is understood: a field that this version does not know counts too.
+    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(told | {"check": ""}))
 
 
 def replace_folder(staging: Path, final: Path) -> None:
@@ -210,40 +318,6 @@ def replace_folder(staging: Path, final: Path) -> None:
     sync_folder(final.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def is_disk_full(error: BaseException | None, folder: Path) -> bool:
-    """Tell whether ``error`` comes of a disk with no room; safetensors and torch say so in words only."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        text = str(error)
-        if "No space left" in text or "os error 28" in text:
-            return True
-        if "inline_container" in text or "PytorchStreamWriter" in text:
-            with_room = folder.exists() and shutil.disk_usage(folder).free > 1 << 20
-            return not with_room
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def disk_full(folder: Path, what: str) -> TrainerError:
-    """Return the error for a write of ``what`` that found no room."""
-    free = shutil.disk_usage(folder).free / 1e6
-    return TrainerError(
-        FailureReason.DISK_FULL,
-        f"There was no room to write {what}: {free:.0f} MB are free on the disk of {folder}. "
-        "Earlier checkpoints are untouched; free some space, then resume the job.",
-    )
-
-
 def make_manifest(job_id: str, step: int, epoch: float, attempt: int, reason: str) -> Manifest:
     """Return a manifest of now; the rest is filled in with `msgspec.structs.replace`."""
     return Manifest(job_id=job_id, step=step, epoch=epoch, attempt=attempt, reason=reason, time=time.time())
@@ -251,12 +325,18 @@ def make_manifest(job_id: str, step: int, epoch: float, attempt: int, reason: st
 
 def _manifest(path: Path) -> Manifest:
     try:
-        manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=Manifest)
+        told = msgspec.json.decode((path / MANIFEST).read_bytes(), type=dict[str, Any])
+        number = told.get("format")
+        if isinstance(number, int) and number > FORMAT:
+            raise BadCheckpoint(
+                f"it was written by a newer version of the agent (format {number}; this one reads up to {FORMAT})"
+            )
+        manifest = msgspec.convert(told, Manifest)
     except FileNotFoundError:
         raise BadCheckpoint("it has no manifest, so its save was never finished") from None
     except (OSError, msgspec.DecodeError) as error:
         raise BadCheckpoint(f"its manifest cannot be read ({error})") from error
-    if seal(manifest).check != manifest.check:
+    if _checksum(told) != manifest.check:
         raise BadCheckpoint("its manifest is not what was saved")
     return manifest
 
@@ -285,18 +365,3 @@ def _record(path: Path) -> FileRecord:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
         return FileRecord(file.tell(), digest.hexdigest())
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a small file so that it is there whole or as before."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        sync_folder(path)

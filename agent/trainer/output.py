@@ -9,12 +9,14 @@ import xxhash
 from peft import PeftModel
 from safetensors import safe_open
 
-from agent.trainer import checkpoint
+from agent.trainer.checkpoint import replace_folder
+from agent.trainer.disk import NoRoom, check_writable, is_disk_full, need_room, refusals_told, sync_folder
 from agent.trainer.model import load_base, old_name_allowed
 from protocol.jobspec import JobSpec
 from protocol.worker import Limits, Workspace
 
 MERGED = "merged"
+WHAT = "the final model"
 
 
 class Output:
@@ -26,22 +28,30 @@ class Output:
 
     def __enter__(self) -> "Output":
         shutil.rmtree(self.staging, ignore_errors=True)
-        self.staging.mkdir(parents=True)
+        with refusals_told(self.final.parent, WHAT):
+            self.staging.mkdir(parents=True)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Clear up; turns a full disk into its own error."""
-        full = error is not None and checkpoint.is_disk_full(error, self.final.parent)
+        full = error is not None and not isinstance(error, NoRoom) and is_disk_full(error, self.final.parent)
         shutil.rmtree(self.staging, ignore_errors=True)
         if full:
-            raise checkpoint.disk_full(self.final.parent, "the final model") from error
+            raise NoRoom(self.final.parent, WHAT) from error
+
+    def check(self) -> None:
+        """Find out before training whether the model can be written where it belongs."""
+        check_writable(self.final.parent, WHAT)
 
     def write(self, model: Any, tokenizer: Any, *, use_cache: bool) -> str:
         """Write weights and tokenizer; return the hash of the weights."""
+        size = _size(model)
+        need_room(self.final.parent, WHAT, size)
         # Trainer switches the cache off in the configuration; whoever uses the model wants it as it was.
         model.config.use_cache = use_cache
-        model.save_pretrained(self.staging)
-        tokenizer.save_pretrained(self.staging)
+        with refusals_told(self.final.parent, WHAT, size):
+            model.save_pretrained(self.staging)
+            tokenizer.save_pretrained(self.staging)
         return weights_hash(self.staging)
 
     def merge(self, spec: JobSpec, workspace: Workspace, limits: Limits, tokenizer: Any) -> None:
@@ -50,6 +60,7 @@ class Output:
         The base is loaded anew: merging into 4-bit weights would quantise the result again.
         """
         base = load_base(spec, workspace, limits, torch.bfloat16)
+        need_room(self.final.parent, "the merged model", _size(base))
         with old_name_allowed():
             merged = PeftModel.from_pretrained(base, self.staging, autocast_adapter_dtype=False)
         merged = merged.merge_and_unload(safe_merge=True)
@@ -58,9 +69,16 @@ class Output:
 
     def publish(self) -> None:
         """Let the model appear under its name, in place of an older one."""
-        for path in [*self.staging.rglob("*"), self.staging]:
-            checkpoint.sync_folder(path)
-        checkpoint.replace_folder(self.staging, self.final)
+        with refusals_told(self.final.parent, WHAT):
+            for path in [*self.staging.rglob("*"), self.staging]:
+                sync_folder(path)
+            replace_folder(self.staging, self.final)
+
+
+def _size(model: Any) -> int:
+    """Return the bytes that are written of a model: of one with an adapter, the adapter's."""
+    chosen = [p for p in model.parameters() if p.requires_grad or not isinstance(model, PeftModel)]
+    return sum(p.numel() * p.element_size() for p in chosen)
 
 
 def weights_hash(folder: Path) -> str:

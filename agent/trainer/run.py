@@ -7,9 +7,10 @@ from typing import Any
 import msgspec
 from datasets.exceptions import DatasetGenerationError
 
-from agent.trainer import data, determinism, fingerprints, inputs, memory, methods, samples
-from agent.trainer.checkpoint import BadCheckpoint, Checkpoints, Found, verify
+from agent.trainer import data, determinism, fingerprints, inputs, memory, methods, restore, samples
+from agent.trainer.checkpoint import Checkpoints, Found
 from agent.trainer.control import ControlledSFTTrainer
+from agent.trainer.disk import NoRoom
 from agent.trainer.errors import TrainerError
 from agent.trainer.inbox import Inbox, Leaving
 from agent.trainer.model import choose_precision, load_model, load_tokenizer
@@ -35,6 +36,9 @@ def train(start: Start, line: Any) -> int:
         _Run(start, inbox).go()
     except Leaving as leaving:
         line.say(Left(leaving.why, leaving.step))
+    except NoRoom as full:
+        line.say(Note("warning", full.sentence))
+        line.say(Left("disk_full", inbox.step, full.needed))
     finally:
         data.discard(start.spec, start.workspace)
     line.flush(FLUSH_LIMIT)
@@ -58,7 +62,7 @@ class _Run:
         self.start = start
         self.spec: JobSpec = start.spec
         self.inbox = inbox
-        self.checkpoints = Checkpoints(Path(start.workspace.checkpoints))
+        self.checkpoints = Checkpoints(Path(start.workspace.checkpoints), start.spec.job_id)
         self.progress = Progress()
         self.facts: dict[str, str] = {}
 
@@ -66,6 +70,7 @@ class _Run:
         self.inbox.listen()
         self.facts = determinism.apply(self.spec)
         memory.apply_cap(self.start.limits)
+        Output(self.start.workspace).check()
         found = self._find_checkpoint()
         ground = self._load(found)
         trainer = ground.trainer
@@ -75,41 +80,11 @@ class _Run:
     # Before training
 
     def _find_checkpoint(self) -> Found | None:
-        """Return the checkpoint to go on from: the one that was named, else the newest that verifies."""
-        start, folder = self.start, self.checkpoints.folder
-        if start.resume_from:
-            path = Path(start.resume_from)
-            self._say(Phase.RESTORE, f"Checking the checkpoint {path.name}.")
-            try:
-                found = verify(path)
-            except BadCheckpoint as bad:
-                raise TrainerError(
-                    FailureReason.CHECKPOINT,
-                    f"The checkpoint {path} cannot be used: {bad}. Resume from another one, or start the job again.",
-                ) from bad
-            folder.mkdir(parents=True, exist_ok=True)
-            self.checkpoints.note_origin(start.attempt, path)
-        else:
-            if folder.is_dir():
-                self.checkpoints.sweep()
-            newest, passed = self.checkpoints.newest_good()
-            for sentence in passed:
-                self.inbox.line.say(Note("warning", sentence))
-            if newest is None:
-                if passed:
-                    self.inbox.line.say(
-                        Note("warning", "No checkpoint could be used, so the job starts from its beginning.")
-                    )
-                return None
-            found = newest
+        chosen = restore.find(self.start, self.checkpoints, self.inbox.line.say)
+        if chosen is None:
+            return None
+        found, self.progress = chosen
         self.inbox.step = found.manifest.step
-        try:
-            self.progress = Progress.load(found.path)
-        except (OSError, msgspec.DecodeError) as error:
-            raise TrainerError(
-                FailureReason.CHECKPOINT,
-                f"The counters in the checkpoint {found.path} cannot be read: {error}.",
-            ) from error
         return found
 
     def _load(self, found: Found | None) -> _Ground:
@@ -164,6 +139,9 @@ class _Run:
             versions=fingerprints.versions(),
             resumed_from=found,
             stop_at_once=start.stop_at_once,
+            limits=start.limits,
+            load_best_at_end=spec.training.load_best_at_end,
+            lineage=restore.lineage(found, spec),
             before=lambda trainer: self._sample_before(trainer, tokenizer, chat),
         )
         try:
@@ -216,6 +194,7 @@ class _Run:
         )
 
     def _ready(self, prepared: Any, found: Found | None, facts: dict[str, str]) -> Ready:
+        descent = [f"{one.job_id} {one.name}" for one in restore.lineage(found, self.spec)]
         return Ready(
             total_steps=0,
             total_epochs=0.0,
@@ -229,6 +208,7 @@ class _Run:
             gradient_accumulation_steps=0,
             resumed_from=str(found.path) if found is not None else "",
             facts={
+                **({"branched_from": " < ".join(reversed(descent))} if descent else {}),
                 "method": str(self.spec.method),
                 **self._method_facts(),
                 **facts,

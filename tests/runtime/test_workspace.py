@@ -19,8 +19,11 @@ from agent.runtime.workspace import (
     free_bytes,
     looks_like_hub_name,
     model_source,
+    pin,
+    pinned,
     prepare,
     resolve_under,
+    unpin,
 )
 from agent.trainer.checkpoint import Checkpoints, Manifest
 from protocol.failures import FailureReason
@@ -215,6 +218,31 @@ def test_checkpoints_of_the_trainer_are_listed(tmp_path: Path) -> None:
         is_best=False,
         is_latest=False,
     )
+
+
+def test_the_best_is_the_one_that_the_job_chose_by_its_own_metric(tmp_path: Path) -> None:
+    save(tmp_path, 10, eval_loss=2.0, best_step=10)
+    save(tmp_path, 20, eval_loss=1.5, best_step=10)
+    assert [row["step"] for row in checkpoints_of(tmp_path) if row["is_best"]] == [10]
+    save(tmp_path, 30, best_step=25)
+    # The one at step 25 is not there: the lowest loss is the best of what is left.
+    assert [row["step"] for row in checkpoints_of(tmp_path) if row["is_best"]] == [20]
+
+
+def test_a_checkpoint_is_pinned_and_unpinned_by_its_name(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    pin(tmp_path, "step-10")
+    pin(tmp_path, "step-10")
+    assert pinned(tmp_path) == {"step-10"}
+    assert [row["is_pinned"] for row in checkpoints_of(tmp_path)] == [False, True]
+    unpin(tmp_path, "step-10")
+    unpin(tmp_path, "step-10")
+    assert pinned(tmp_path) == set()
+    for name in ("step-11", "", "..", "../step-10", "step-10/weights", "branched-from"):
+        with pytest.raises(NotThere):
+            pin(tmp_path, name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-20"]
 
 
 def test_a_manifest_that_tells_little_is_enough(tmp_path: Path) -> None:

@@ -187,9 +187,9 @@ def test_plain_text_is_continued_pre_training(jobs: Jobs, text_file: Path) -> No
 
 
 def test_a_method_of_another_agent_is_refused_before_anything_is_read(jobs: Jobs) -> None:
-    reason, sentence = refused(lambda: jobs.run("job", method=Method.DPO, base="/nowhere"))
+    reason, sentence = refused(lambda: jobs.run("job", method=Method.ORPO, base="/nowhere"))
     assert reason is FailureReason.SPEC
-    assert "dpo" in sentence
+    assert "orpo" in sentence
 
 
 def test_an_orphan_touches_nothing(jobs: Jobs) -> None:
@@ -246,7 +246,7 @@ def test_the_newest_good_checkpoint_is_taken_and_the_torn_one_named(jobs: Jobs) 
 
 def test_without_a_good_checkpoint_the_job_begins_anew_and_says_so(jobs: Jobs) -> None:
     jobs.run("job", {3: [Pause()]})
-    (jobs.checkpoints() / "step-4" / "optimizer.pt").unlink()
+    (jobs.checkpoints() / "step-4" / "training" / "optimizer.json").unlink()
     line = jobs.run("job", attempt=2)
     assert line.of(Ready)[0].start_step == 0
     assert [note.level for note in line.of(Note)] == ["warning", "warning"]

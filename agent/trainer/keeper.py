@@ -1,0 +1,184 @@
+"""The writing of one job's checkpoints: beside training or in its way, with room made and refusals told."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.trainer.checkpoint import Checkpoints, FileRecord, Found, Manifest
+from agent.trainer.disk import MB, NoRoom, check_writable, free_bytes, has_room, need_room, refusals_told
+from agent.trainer.errors import TrainerError
+from agent.trainer.inbox import Speaker
+from agent.trainer.snapshot import Content, HostBuffer, Writer, fits_host_memory
+from protocol.worker import Limits, Note, Saved
+
+logger = logging.getLogger("agent.trainer")
+
+PERIODIC = {"schedule", "best", "command"}
+"""Saves after which training goes on: they may be written behind its back."""
+
+
+@dataclass(frozen=True)
+class Save:
+    """A checkpoint that is to be written, as things stood at its step."""
+
+    manifest: Manifest
+    content: Content
+    reasons: list[tuple[str, str]]
+    """Each with the id of the command it answers, or nothing."""
+    is_best: bool
+    keep: set[Path]
+    """Checkpoints that must stay."""
+    limit: int
+    began: float
+
+    @property
+    def periodic(self) -> bool:
+        return all(reason in PERIODIC for reason, _ in self.reasons)
+
+    @property
+    def what(self) -> str:
+        return f"the checkpoint at step {self.manifest.step}"
+
+
+class Keeper:
+    """Writes checkpoints, one at a time. NoRoom comes out of `check`, `wait` and `save`, in the thread that trains."""
+
+    def __init__(
+        self, store: Checkpoints, line: Speaker, limits: Limits, static: Callable[[], dict[str, bytes]]
+    ) -> None:
+        self.store = store
+        self._line = line
+        self._limits = limits
+        self._static = static
+        """Makes the files that every checkpoint has alike."""
+        self._made: dict[str, bytes] | None = None
+        self._writer = Writer()
+        self._buffer = HostBuffer()
+        self._said_small_memory = False
+        self.check = self._writer.check
+        self.wait = self._writer.wait
+        self.close = self._writer.close
+
+    def __repr__(self) -> str:
+        return f"Keeper({self.store!r}, {self._writer!r}, {self._buffer!r})"
+
+    def save(self, save: Save) -> None:
+        """Write a checkpoint; where training goes on after it, from a copy in the background."""
+        self.wait()
+        if save.periodic and self._limits.background_saves and self._has_memory_for(save.content):
+            held = dataclasses.replace(save, content=self._buffer.hold(save.content))
+            stall = time.monotonic() - save.began
+            self._writer.start(lambda: self._write(held, stall))
+        else:
+            self._write(save, None)
+
+    def check_disk(self, size: int, model_size: int, limit: int, in_use: set[Path]) -> None:
+        """Find out before the first step what would end the job at its first checkpoint, of about ``size`` bytes."""
+        store = self.store
+        check_writable(store.folder, "the job's checkpoints")
+        store.in_use = in_use
+        store.make_room(lambda: has_room(store.folder, size))
+        need_room(store.folder, "a checkpoint of this job", size)
+        here = len(list(store.folder.glob("step-*")))
+        needed = size * (max(0, limit - here) + 1) + model_size
+        free = free_bytes(store.folder)
+        if free < needed:
+            self._note(
+                "warning",
+                f"The disk of {store.folder} has {free / MB:.0f} MB free, but {limit} checkpoints of about "
+                f"{size / MB:.0f} MB, another while it is written, and the final model need {needed / MB:.0f} MB. "
+                "Older checkpoints are deleted when there is no room; when that is not enough, the job pauses.",
+            )
+
+    def _has_memory_for(self, content: Content) -> bool:
+        lacking = self._buffer.lacks(content)
+        if not lacking or fits_host_memory(lacking):
+            return True
+        if not self._said_small_memory:
+            self._said_small_memory = True
+            self._note(
+                "info",
+                f"Checkpoints are written while training waits: a copy of {lacking / MB:.0f} MB does not fit into "
+                "this machine's memory beside everything else.",
+            )
+        return False
+
+    # In whichever thread writes
+
+    def _write(self, save: Save, stall: float | None) -> None:
+        """Write a checkpoint, delete those beyond the limit, and say Saved. ``stall`` None: training waits for it."""
+        store = self.store
+        store.in_use = save.keep
+        try:
+            found = self._put(save)
+        except TrainerError as error:
+            if isinstance(error, NoRoom) or not save.periodic:
+                raise
+            # Nothing is lost yet, and by the next one the folder may be writable again.
+            self._note(
+                "warning", f"{error.sentence} Training goes on, and tries again at the next checkpoint."
+            )
+            return
+        try:
+            store.retain(save.limit)
+        except OSError as error:
+            self._note("warning", f"An old checkpoint in {store.folder} cannot be deleted: {error.strerror}.")
+        seconds = time.monotonic() - save.began
+        manifest = save.manifest
+        for reason, command in save.reasons:
+            self._line.say(
+                Saved(
+                    path=str(found.path),
+                    step=manifest.step,
+                    epoch=manifest.epoch,
+                    size=found.size,
+                    seconds=seconds,
+                    reason=reason,
+                    eval_loss=manifest.eval_loss,
+                    train_loss=manifest.train_loss,
+                    is_best=save.is_best,
+                    command_id=command,
+                    stall=seconds if stall is None else stall,
+                )
+            )
+        logger.info(
+            "saved %s in %.2f s, training stood for %.2f s", found.path.name, seconds, stall or seconds
+        )
+
+    def _put(self, save: Save) -> Found:
+        """Put a checkpoint on the disk. Makes the folder again where it has vanished, and room where there is none."""
+        store = self.store
+        if self._made is None:
+            # Here, so that no step waits for it: a large vocabulary takes its time.
+            self._made = self._static()
+        content = Content(save.content.tensors, {**self._made, **save.content.files})
+
+        def fill(folder: Path) -> Mapping[str, FileRecord]:
+            return content.write(folder, compress=self._limits.compress_checkpoints, pulse=self._writer.pulse)
+
+        made_again = False
+        while True:
+            try:
+                with refusals_told(store.folder, save.what, content.size):
+                    if store.restore():
+                        made_again = True
+                        self._note(
+                            "warning",
+                            f"The folder {store.folder} had vanished with its checkpoints, and was made again.",
+                        )
+                    store.make_room(lambda: has_room(store.folder, content.size))
+                    need_room(store.folder, save.what, content.size)
+                    return store.save(save.manifest, fill)
+            except NoRoom:
+                # The disk can be fuller than it says (a quota): older ones go, one by one.
+                if not store.make_room(lambda: False, most=1):
+                    raise
+            except TrainerError:
+                if made_again or store.folder.is_dir():
+                    raise
+
+    def _note(self, level: str, text: str) -> None:
+        self._line.say(Note(level, text))
