@@ -132,6 +132,7 @@ class Launching:
             stop_at_once=job.want is Want.STOP,
             parameters=job.parameters,
             accept_changes=job.accept_changes,
+            applied=job.applied,
         )
 
     async def _start(self, job_id: str, order: Start) -> None:

@@ -100,6 +100,8 @@ class Start(Order, frozen=True, array_like=True, tag=1):
     parameters: Parameters = Parameters()
     accept_changes: bool = False
     """The user has said that a checkpoint may be gone on from although the job's inputs have changed since."""
+    applied: list[tuple[int, Parameters]] = []
+    """Live parameters as earlier attempts put them in force, each from its step on; replayed at the same steps."""
 
 
 class Pause(Order, frozen=True, array_like=True, tag=2):

@@ -27,6 +27,7 @@ from protocol.worker import (
     Metrics,
     Note,
     Numbered,
+    Parameters,
     ParametersSet,
     Preparing,
     Ready,
@@ -35,6 +36,10 @@ from protocol.worker import (
     Verified,
     Warm,
 )
+
+
+APPLIED_KEPT = 256
+"""Changes of live parameters that can be replayed."""
 
 
 def hear(job: Job, numbered: Numbered, *, now: float) -> tuple[Job, list[Effect]] | None:
@@ -111,6 +116,8 @@ def _heard(job: Job, event: AnyEvent, now: float) -> tuple[Job, list[Effect]]:
                 batch_size=parameters.batch_size or job.batch_size,
                 gradient_accumulation_steps=parameters.gradient_accumulation_steps
                 or job.gradient_accumulation_steps,
+                applied=applied(job.applied, at, parameters),
+                parameters=_followed(job.parameters, parameters),
             )
             return job, [_control(job, ParametersApplied(now, job.attempt, at, parameters, refused))]
         case Estimated(estimate=estimate):
@@ -127,6 +134,25 @@ def _heard(job: Job, event: AnyEvent, now: float) -> tuple[Job, list[Effect]]:
             return job, []
         case _:
             assert_never(event)
+
+
+def applied(
+    before: list[tuple[int, Parameters]], step: int, parameters: Parameters
+) -> list[tuple[int, Parameters]]:
+    """Return what was put in force at which step, with ``parameters`` from ``step`` on; a replay changes nothing."""
+    if parameters == Parameters() or (step, parameters) in before:
+        return before
+    return sorted([*before, (step, parameters)], key=lambda entry: entry[0])[-APPLIED_KEPT:]
+
+
+def _followed(wanted: Parameters, parameters: Parameters) -> Parameters:
+    """Return what is wanted, with the micro-batch that a trainer found to fit: the next attempt begins with it."""
+    return msgspec.structs.replace(
+        wanted,
+        batch_size=parameters.batch_size or wanted.batch_size,
+        gradient_accumulation_steps=parameters.gradient_accumulation_steps
+        or wanted.gradient_accumulation_steps,
+    )
 
 
 def _ready(job: Job, event: Ready, now: float) -> tuple[Job, list[Effect]]:

@@ -106,6 +106,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     worker_pid: int = 0
     worker_created: float = 0.0
     parameters: Parameters = Parameters()
+    applied: list[tuple[int, Parameters]] = []
+    """Those that trainers have put in force, each from its step on: another attempt replays them there."""
     asked: Parameters = Parameters()
     """Those that the backend last asked for: what it repeats is no news."""
     model_name: str = ""

@@ -5,16 +5,44 @@ from typing import Any
 import msgspec
 from torch.optim.lr_scheduler import LambdaLR
 
+from agent.trainer.progress import Progress
 from protocol.worker import Note, Parameters, ParametersSet
 
 MOST = 65_536
 """Rows of a micro-batch, and micro-batches of a step; as in a job."""
 
 
+Applied = list[tuple[int, Parameters]]
+"""Parameters, and the step from which on they were in force."""
+
+
+def to_come(
+    wanted: Parameters, applied: Applied, progress: Progress, saved_step: int | None
+) -> tuple[Parameters, Applied]:
+    """Return what is to be put in force at once, and what at later steps because an earlier attempt did.
+
+    What the checkpoint of ``saved_step`` holds is in force already; None: there is no checkpoint.
+    """
+    # What was set at the end of the step that was saved, from the next on, was set before it was saved.
+    later = [(step, given) for step, given in applied if saved_step is None or step > saved_step + 1]
+    known = msgspec.structs.asdict(progress.parameters)
+    for _, given in later:
+        known |= {name: value for name, value in msgspec.structs.asdict(given).items() if value is not None}
+    news = {
+        name: value
+        for name, value in msgspec.structs.asdict(wanted).items()
+        if value is not None and value != known[name]
+    }
+    return Parameters(**news), later
+
+
 def set_parameters(trainer: Any) -> None:
     """Put the ordered parameters in force from the next step on, and say which were refused."""
     inbox, progress = trainer.job.inbox, trainer.job.progress
     orders, inbox.parameters = inbox.parameters, []
+    job, next_step = trainer.job, trainer.state.global_step + 1
+    while job.replay and job.replay[0][0] <= next_step:
+        orders.insert(0, job.replay.pop(0)[1])
     for wanted in orders:
         taken: dict[str, Any] = {}
         refused: list[str] = []

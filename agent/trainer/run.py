@@ -13,13 +13,14 @@ from agent.trainer.control import ControlledSFTTrainer
 from agent.trainer.disk import NoRoom
 from agent.trainer.errors import TrainerError
 from agent.trainer.inbox import Inbox, Leaving
+from agent.trainer.live import Applied, to_come
 from agent.trainer.model import choose_precision, load_model, load_tokenizer
 from agent.trainer.output import MERGED, Output
 from agent.trainer.progress import Progress, Schedule
 from agent.trainer.saving import Job
 from protocol.failures import FailureReason
 from protocol.jobspec import JobSpec, Method
-from protocol.worker import Finished, Left, Note, Phase, Preparing, Ready, Start, Trained
+from protocol.worker import Finished, Left, Note, Parameters, Phase, Preparing, Ready, Start, Trained
 
 FLUSH_LIMIT = 60.0
 """Seconds that the end of a job waits for the agent to take down its last events."""
@@ -106,6 +107,8 @@ class _Run:
         prepared = data.prepare(
             spec, start.workspace, tokenizer, start.limits, self._note, inbox.leave_if_told
         )
+        if prepared.source is not None:
+            prepared.source.accepts_changes = start.accept_changes
         inbox.leave_if_told()
         self._say(Phase.LOAD, f"Loading the model {Path(where).name}.")
         precision = choose_precision(spec, start.limits, self._note)
@@ -126,6 +129,7 @@ class _Run:
         )
         chat = prepared.chat
         schedule = Schedule.of(spec.training, start.limits)
+        at_once, later = self._live_parameters(schedule, found)
         job = Job(
             job_id=spec.job_id,
             attempt=start.attempt,
@@ -133,7 +137,8 @@ class _Run:
             checkpoints=self.checkpoints,
             schedule=schedule,
             progress=self.progress,
-            parameters=self._live_parameters(schedule, found),
+            parameters=at_once,
+            replay=later,
             ready=self._ready(prepared, found, loaded.facts),
             inputs=marks,
             versions=fingerprints.versions(),
@@ -222,25 +227,20 @@ class _Run:
         dpo = self.spec.dpo
         return {"loss": f"{dpo.loss_type}, beta {dpo.beta:g}"} if self.spec.method is Method.DPO else {}
 
-    def _live_parameters(self, schedule: Schedule, found: Found | None) -> Any:
+    def _live_parameters(self, schedule: Schedule, found: Found | None) -> tuple[Parameters, Applied]:
         """Return the live parameters that are still to be put in force; those of the checkpoint are, or are put so.
 
         The learning rate lies in the restored optimizer and scheduler; the rest is in the schedule, made anew.
         """
         mine = self.progress.parameters
-        wanted = self.start.parameters
         if found is not None:
             for name in ("logging_steps", "save_steps", "eval_steps"):
                 if (value := getattr(mine, name)) is not None:
                     setattr(schedule, name, value)
             if mine.early_stopping_patience is not None:
                 schedule.patience = mine.early_stopping_patience
-        changed = {
-            name: value
-            for name, value in msgspec.structs.asdict(wanted).items()
-            if value != getattr(mine, name)
-        }
-        return type(wanted)(**changed)
+        saved_step = found.manifest.step if found is not None else None
+        return to_come(self.start.parameters, self.start.applied, self.progress, saved_step)
 
     # Samples
 

@@ -51,6 +51,8 @@ class Job:
     parameters: Parameters
     ready: Ready
     """Filled in with the steps and sent when they are known."""
+    replay: list[tuple[int, Parameters]] = field(default_factory=list)
+    """Live parameters that an earlier attempt put in force after the checkpoint, each from its step on."""
     inputs: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     resumed_from: Found | None = None

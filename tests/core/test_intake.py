@@ -193,6 +193,17 @@ def test_parameters_in_force_are_told_and_shown() -> None:
     assert (record.step, record.refused) == (41, "save_steps: no.")
 
 
+def test_what_was_put_in_force_is_kept_for_the_next_attempt() -> None:
+    first, second = Parameters(learning_rate=1e-5), Parameters(batch_size=2, gradient_accumulation_steps=4)
+    old = job(parameters=Parameters(learning_rate=1e-5, batch_size=4))
+    new, _, _ = after(ParametersSet(41, second), after(ParametersSet(7, first), old)[0])
+    assert new.applied == [(7, first), (41, second)]
+    # The micro-batch that was found to fit is what the next attempt begins with; the rate is the user's.
+    assert new.parameters == Parameters(learning_rate=1e-5, batch_size=2, gradient_accumulation_steps=4)
+    assert after(ParametersSet(41, second), new)[0].applied == new.applied
+    assert after(ParametersSet(50, Parameters(), "No."), new)[0].applied == new.applied
+
+
 def test_leaving_and_being_warm_mean_nothing_by_themselves() -> None:
     for event in (Left("paused", 4), Warm(1, 2.0)):
         new, records, effects = after(event, job(S.PAUSING))

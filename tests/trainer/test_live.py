@@ -2,7 +2,16 @@
 
 import pytest
 
-from protocol.worker import Note, Parameters, ParametersSet, Pause, Ready, Saved, SetParameters
+from protocol.worker import (
+    Cancel,
+    Note,
+    Parameters,
+    ParametersSet,
+    Pause,
+    Ready,
+    Saved,
+    SetParameters,
+)
 from tests.trainer.conftest import Jobs, curve
 
 
@@ -102,3 +111,18 @@ def test_a_learning_rate_of_nothing_is_refused(jobs: Jobs) -> None:
     line = jobs.run("job", {2: [SetParameters(Parameters(learning_rate=-1.0))]})
     (told,) = line.of(ParametersSet)
     assert told.refused == "learning_rate must be greater than 0, not -1.0."
+
+
+def test_what_was_set_after_the_checkpoint_is_replayed_at_its_step(jobs: Jobs) -> None:
+    faster = Parameters(learning_rate=2e-2, logging_steps=1)
+    training = {"save_steps": 3}
+    untouched = jobs.run("untouched", {3: [SetParameters(faster)]}, training=training)
+    (told,) = untouched.of(ParametersSet)
+    lost = jobs.run("lost", {3: [SetParameters(faster)], 4: [Cancel()]}, training=training)
+    again = jobs.run(
+        "lost", attempt=2, training=training, parameters=faster, applied=[(told.step, told.parameters)]
+    )
+    assert again.of(Ready)[0].start_step == 3
+    assert again.of(ParametersSet) == [told]
+    assert curve(lost, again) == curve(untouched)
+    assert again.last.weights_hash == untouched.last.weights_hash
