@@ -37,7 +37,6 @@ from protocol.worker import (
     Warm,
 )
 
-
 APPLIED_KEPT = 256
 """Changes of live parameters that can be replayed."""
 
