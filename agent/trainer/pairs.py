@@ -19,6 +19,10 @@ def preference_pair(row: Mapping[str, Any], chat: bool) -> dict[str, Any]:
     Where no prompt is given, it is what both answers begin with. Raises BadRow.
     """
     chosen, rejected = _answer(row.get("chosen"), "chosen"), _answer(row.get("rejected"), "rejected")
+    if chosen == rejected:
+        raise BadRow(
+            "chosen and rejected are the same, so there is nothing to prefer. Correct or remove the row."
+        )
     field = "question" if row.get("prompt") is None and row.get("question") is not None else "prompt"
     prompt = parsed_turns(row.get(field))
     if prompt is None and chat and _is_transcript(chosen) and _is_transcript(rejected):
@@ -43,10 +47,6 @@ def preference_pair(row: Mapping[str, Any], chat: bool) -> dict[str, Any]:
         pair = _turn_pair(prompt, chosen, rejected, field)
         if system and pair["prompt"][0]["role"] != "system":
             pair["prompt"].insert(0, {"role": "system", "content": system})
-    if pair["chosen"] == pair["rejected"]:
-        raise BadRow(
-            "chosen and rejected are the same, so there is nothing to prefer. Correct or remove the row."
-        )
     return with_tools(pair, row.get("tools"))
 
 

@@ -31,6 +31,8 @@ class ControlledDPOTrainer(ControlledMixin, DPOTrainer):  # type: ignore[misc]
         # Patched once more, over TRL's own patch: entropy and accuracy are not shown, so they are not computed.
         add_fused_lm_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
         self._rewards = torch.zeros(len(MEASURES) + 1, dtype=torch.float32, device=self.args.device)
+        """Sums since the last point, and of how many pairs."""
+        self._rewards_of_step = torch.zeros_like(self._rewards)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> int:
         """Return the pairs of a step."""
@@ -47,7 +49,7 @@ class ControlledDPOTrainer(ControlledMixin, DPOTrainer):  # type: ignore[misc]
             share = 1.0 if num_items_in_batch is None else pairs / num_items_in_batch
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss * share
         if model.training:
-            self._rewards += torch.cat([rewards, rewards.new_tensor([pairs])])
+            self._rewards_of_step += torch.cat([rewards, rewards.new_tensor([pairs])])
         return (loss, outputs) if return_outputs else loss
 
     def _compare(self, model: Any, inputs: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -60,9 +62,7 @@ class ControlledDPOTrainer(ControlledMixin, DPOTrainer):  # type: ignore[misc]
         labels = inputs["input_ids"].masked_fill(mask == 0, -100)
         outputs = model(**given, labels=labels, fused_lm_head=True)
         chosen, rejected = outputs.log_probs.sum(dim=1).chunk(2)
-        reference = self.compute_ref_log_probs(
-            self.model if self.ref_model is None else self.ref_model, inputs
-        )
+        reference = self._reference(given, labels)
         chosen, rejected = chosen - reference[0], rejected - reference[1]
         lengths = mask.sum(dim=1).clamp(min=1).chunk(2)
         losses = pair_losses(self.args.loss_type[0], self.beta, chosen, rejected, lengths)
@@ -70,6 +70,18 @@ class ControlledDPOTrainer(ControlledMixin, DPOTrainer):  # type: ignore[misc]
             won, lost = self.beta * chosen.detach().float(), self.beta * rejected.detach().float()
             sums = torch.stack([won.sum(), lost.sum(), (won - lost).sum(), (won > lost).sum().to(won.dtype)])
         return losses, sums, outputs
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def _reference(self, given: dict[str, Any], labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the log-probabilities of both sides under the model as it was before training."""
+        given = {name: value for name, value in given.items() if name != "output_router_logits"}
+        if self.ref_model is not None:
+            outputs = self.ref_model(**given, labels=labels, fused_lm_head=True)
+        else:
+            with self.model.disable_adapter():
+                outputs = self.model(**given, labels=labels, fused_lm_head=True)
+        chosen, rejected = outputs.log_probs.sum(dim=1).chunk(2)
+        return chosen, rejected
 
     # For the mixin
 
@@ -82,6 +94,31 @@ class ControlledDPOTrainer(ControlledMixin, DPOTrainer):  # type: ignore[misc]
         pairs = torch.tensor(losses.shape[0], device=losses.device)
         rewards = {f"eval_{name}": (total, pairs) for name, total in zip(MEASURES, sums, strict=True)}
         return {"eval_loss": (losses.sum(), pairs), **rewards}
+
+    def _pass(self, model: Any, step: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self._rewards_of_step.zero_()  # of a pass that ran out of memory, and is made again
+        made = super()._pass(model, step)
+        self._rewards += self._rewards_of_step
+        return made
+
+    def _resume_counting(self) -> None:
+        super()._resume_counting()
+        if measures := self.job.progress.window_measures:
+            self._rewards.copy_(torch.tensor(measures))
+
+    def _store_counters(self) -> None:
+        super()._store_counters()
+        self.job.progress.window_measures = self._rewards.tolist()
+
+    def _say_point(self, step: int, values: dict[str, float]) -> None:
+        # Of a loss that is no negative log-likelihood there is no perplexity.
+        super()._say_point(step, {name: value for name, value in values.items() if "perplexity" not in name})
+
+    def _row_lengths(self) -> list[int]:
+        columns = self.train_dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+        return [
+            len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in columns
+        ]
 
     def _extra(self) -> dict[str, float]:
         *sums, pairs = self._rewards.tolist()

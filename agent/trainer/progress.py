@@ -34,6 +34,8 @@ class Place(msgspec.Struct, kw_only=True):
     """Rows of an optimizer step: the effective batch."""
     stream_rows: int = 0
     """Rows of a stream, once it has been read to its end."""
+    digest: str = ""
+    """Of a stream: what the rows of this epoch that are behind hash to."""
 
     @property
     def accumulation(self) -> int:
@@ -58,6 +60,8 @@ class Progress(msgspec.Struct, kw_only=True):
     window_steps: int = 0
     window_tokens: int = 0
     window_samples: int = 0
+    window_measures: list[float] = []
+    """Sums of what a method measures beside the loss."""
     window_seconds: float = 0.0
     recent: list[float] = []
     train_loss: float | None = None
@@ -98,7 +102,7 @@ class Progress(msgspec.Struct, kw_only=True):
         value = measures[schedule.metric]
         self.eval_loss, self.eval_step = measures["eval_loss"], step
         # What is better is smaller from here on.
-        sign = -1.0 if schedule.metric in GREATER else 1.0
+        sign = -1.0 if schedule.metric.removeprefix("eval_") in GREATER else 1.0
         before = None if self.best_value is None else sign * self.best_value
         improved = before is None or before - sign * value > schedule.threshold
         self.without_improvement = 0 if improved else self.without_improvement + 1

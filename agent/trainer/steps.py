@@ -20,6 +20,7 @@ from agent.trainer.inbox import Leaving
 from agent.trainer.randomness import unmoved
 from agent.trainer.rewind import Skip, Skips
 from agent.trainer.saving import Saving
+from agent.trainer.streaming import Stream
 from protocol.failures import FailureReason
 from protocol.worker import Note, Parameters, ParametersSet
 
@@ -80,7 +81,7 @@ class Steps(Saving):
             return self._feed
         by_length = None
         if args.train_sampling_strategy == "group_by_length":
-            lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
+            lengths = self._row_lengths()
             together = args.train_batch_size * args.gradient_accumulation_steps
             by_length = ByLength(lengths, together, args.seed)
         self._feed = TableFeed(
@@ -96,6 +97,9 @@ class Steps(Saving):
         )
         return self._feed
 
+    def _row_lengths(self) -> list[int]:
+        return [len(ids) for ids in self.train_dataset["input_ids"]]
+
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Restore Trainer's state. Where the job stands in its data is ours to say, so Trainer skips nothing."""
         super()._init_training_state(*args, **kwargs)
@@ -103,7 +107,15 @@ class Steps(Saving):
         if not place.micro:
             place.micro = self.args.train_batch_size
             place.step_rows = place.micro * self.args.gradient_accumulation_steps
+        if place.digest and isinstance(self.train_dataset, Stream):
+            self.train_dataset.expect(place.epoch, place.rows, place.digest)
         return 0, 0
+
+    def _store_counters(self) -> None:
+        super()._store_counters()
+        if isinstance(self.train_dataset, Stream):
+            place = self.job.progress.place
+            place.digest = self.train_dataset.digest_at(place.rows)
 
     def _run_epoch(self, *, model: Any, **kwargs: Any) -> None:
         """Train to the last step, over all epochs that are left."""

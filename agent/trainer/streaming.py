@@ -16,8 +16,10 @@ import torch.utils.data
 import xxhash
 from datasets.iterable_dataset import ExamplesIterable
 
+from agent.trainer.errors import TrainerError
 from agent.trainer.readers import unreadable
 from agent.trainer.tables import Reading
+from protocol.failures import FailureReason
 from protocol.jobspec import DataFormat
 
 BUFFER = 1024
@@ -59,6 +61,8 @@ class Source:
         self.epoch = 0
         self.peeking = True
         """Rows come in their own order, and fast: TRL reads the first one several times to learn the columns."""
+        self.accepts_changes = False
+        """The user has said that a checkpoint may be gone on from although rows have changed."""
         self.format = DataFormat.AUTO
         self._read, self._source, self._folder, self._limit = read, source, folder, limit
         self._seed, self._held_out, self._note = seed, held_out, note
@@ -114,6 +118,17 @@ class Source:
         if not checker.seen:
             raise unreadable(self._source, "the data set is empty: it has no rows to train on.")
 
+    def found_changed(self, epoch: int, rows: int) -> None:
+        """Say that rows which have been trained on are others now, or raise if nobody has said that they may be."""
+        changed = f"the first {rows} rows of epoch {epoch} are not those that were trained on before the checkpoint."
+        if not self.accepts_changes:
+            raise TrainerError(
+                FailureReason.CHECKPOINT,
+                f"{self._source}: {changed} Put the old data back, or resume with accept_changes "
+                "(`training-agent retry JOB --accept-changes`).",
+            )
+        self._tell("changed", "warning", f"{changed} That is meant, so training goes on behind them.")
+
     def _tell(self, what: str, level: str, sentence: str) -> None:
         """Say once what of the data set is not used."""
         if what not in self._told:
@@ -128,6 +143,7 @@ class Stream(torch.utils.data.IterableDataset):  # type: ignore[misc]
         self._rows, self._source = rows, source
         self._digests: deque[bytes] = deque(maxlen=REMEMBERED)
         self._count = 0
+        self._expected: tuple[int, int, str] | None = None
         source.peeking = False
 
     def set_epoch(self, epoch: int) -> None:
@@ -143,7 +159,23 @@ class Stream(torch.utils.data.IterableDataset):  # type: ignore[misc]
             hasher.update(encode([row[name] for name in sorted(row) if name.endswith("_ids")]))
             self._digests.append(hasher.digest())
             self._count += 1
+            self._compare(hasher)
             yield row
+        if self._expected is not None and self._expected[0] == self._source.epoch:
+            self._count = max(self._count, self._expected[1])
+            self._compare(hasher)
+
+    def expect(self, epoch: int, rows: int, digest: str) -> None:
+        """Raise TrainerError while reading if the first ``rows`` rows of that epoch do not hash to ``digest``."""
+        self._expected = (epoch, rows, digest)
+
+    def _compare(self, hasher: Any) -> None:
+        """Hold what has been read against what is expected, at the row that this is known for."""
+        if self._expected is None or self._expected[:2] != (self._source.epoch, self._count):
+            return
+        (epoch, rows, digest), self._expected = self._expected, None
+        if hasher.hexdigest() != digest:
+            self._source.found_changed(epoch, rows)
 
     def digest_at(self, rows: int) -> str:
         """Return the digest of the first ``rows`` rows of this pass; empty if that cannot be told any more.

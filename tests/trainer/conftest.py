@@ -72,6 +72,19 @@ def text_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return [{"text": sentence(rng, rng.randint(4, 16))} for _ in range(count)]
 
 
+def pair_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Return preference pairs of uneven length."""
+    rng = random.Random(seed)
+    return [
+        {
+            "prompt": sentence(rng, rng.randint(2, 6)),
+            "chosen": sentence(rng, rng.randint(2, 9)),
+            "rejected": sentence(rng, rng.randint(2, 9)),
+        }
+        for _ in range(count)
+    ]
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -150,6 +163,12 @@ def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 rows of plain text."""
     return write_jsonl(tmp_path_factory.mktemp("data") / "text.jsonl", text_rows(48))
+
+
+@pytest.fixture(scope="session")
+def pair_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 preference pairs."""
+    return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", pair_rows(48))
 
 
 @pytest.fixture
@@ -235,7 +254,11 @@ class Jobs:
             **{
                 "job_id": name,
                 "model": ModelSpec(name="tiny", quantization=changes.pop("quantization", None)),
-                "data": DataSpec(path="data", eval_fraction=changes.pop("eval_fraction", 0.0)),
+                "data": DataSpec(
+                    path="data",
+                    eval_fraction=changes.pop("eval_fraction", 0.0),
+                    streaming=changes.pop("streaming", False),
+                ),
                 "training": TrainingSpec(**{**training, **changes.pop("training", {})}),
                 **{key: changes.pop(key) for key in list(changes) if key in JobSpec.__struct_fields__},
             }

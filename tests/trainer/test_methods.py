@@ -11,7 +11,7 @@ from agent.trainer.errors import TrainerError
 from agent.trainer.methods import arguments, trainer_class
 from agent.trainer.model import Precision
 from protocol.failures import FailureReason
-from protocol.jobspec import JobSpec, Method, ModelSpec, TrainingSpec
+from protocol.jobspec import DataSpec, DpoSpec, JobSpec, Method, ModelSpec, TrainingSpec
 
 
 def convert(folder: Path, **training: Any) -> Any:
@@ -25,9 +25,9 @@ def test_fine_tuning_and_pre_training_share_a_trainer() -> None:
 
 def test_a_method_that_cannot_be_run_is_refused_with_those_that_can() -> None:
     with pytest.raises(TrainerError) as caught:
-        trainer_class(Method.DPO)
+        trainer_class(Method.ORPO)
     assert caught.value.reason is FailureReason.SPEC
-    assert caught.value.sentence == "method: this agent cannot train with dpo; it can with sft, cpt."
+    assert caught.value.sentence == ("method: this agent cannot train with orpo; it can with sft, cpt, dpo.")
 
 
 def test_an_optimizer_that_does_not_exist_is_named(tmp_path: Path) -> None:
@@ -69,6 +69,31 @@ def test_every_setting_arrives(tmp_path: Path) -> None:
     assert (args.train_sampling_strategy, args.seed) == ("group_by_length", 5)
     assert (args.dataloader_num_workers, args.dataloader_prefetch_factor) == (1, 3)
     assert (args.logging_nan_inf_filter, args.report_to) == (False, [])
+
+
+def test_the_settings_of_preference_training_arrive(tmp_path: Path) -> None:
+    def made(**dpo: Any) -> Any:
+        spec = JobSpec(
+            job_id="job", model=ModelSpec(name="m"), method=Method.DPO, dpo=DpoSpec(beta=0.3, **dpo)
+        )
+        return arguments(spec, Precision(torch.float32), str(tmp_path), assistant_only=True)
+
+    args = made(loss_type="ipo")
+    assert (args.beta, args.loss_type, args.label_smoothing) == (0.3, ["ipo"], 0.0)
+    assert (args.max_length, args.disable_dropout) == (1024, True)
+    # Without a share of wrong labels "robust" would be "sigmoid".
+    assert made(loss_type="robust").label_smoothing == 0.1
+
+
+def test_a_stream_is_read_by_the_trainer_itself(tmp_path: Path) -> None:
+    spec = JobSpec(
+        job_id="job",
+        model=ModelSpec(name="m"),
+        data=DataSpec(streaming=True),
+        training=TrainingSpec(max_steps=1, dataloader_num_workers=4, dataloader_prefetch_factor=2),
+    )
+    args = arguments(spec, Precision(torch.float32), str(tmp_path), assistant_only=False)
+    assert (args.dataloader_num_workers, args.dataloader_prefetch_factor) == (0, None)
 
 
 def test_warm_up_may_be_a_share(tmp_path: Path) -> None:
