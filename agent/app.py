@@ -138,6 +138,7 @@ async def _run_link(program: Program, agent_id: str, install_id: str, boot: int,
         heartbeat=settings.heartbeat_interval_seconds,
         on_state=note,
         user_agent=USER_AGENT,
+        on_sleep=program.explain_sleep,
     )
     program.desk.ledger.on_append = program.link.wake
     try:

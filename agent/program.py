@@ -4,6 +4,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -27,7 +28,9 @@ from agent.runtime.redact import Redactor
 from agent.runtime.supervisor import Fact, Supervisor
 from agent.watch import Watch
 from agent.witness import Witness
-from protocol.lifecycle import JobState
+from protocol.lifecycle import HAS_WORKER, JobState
+from protocol.messages import Lane
+from protocol.records import Notice
 from protocol.version import AGENT_VERSION
 
 FACTS_BUFFER = 4096
@@ -120,6 +123,19 @@ class Program:
         group.start_soon(self.guard.run)
         if self.settings.warm_trainer:
             group.start_soon(self.launching.keep_warm)
+
+    async def explain_sleep(self, seconds: float) -> None:
+        """Say why nothing was heard of this machine and its running jobs for a while."""
+        now = time.time()
+        text = (
+            f"This machine slept, or its agent was stopped, for {seconds:.0f} s: "
+            "nothing was trained or sent in that time."
+        )
+        running = [job for job in self.desk.jobs.values() if job.from_backend and job.state in HAS_WORKER]
+        notices = [("", 0), *((job.job_id, job.attempt) for job in running)]
+        for scope, attempt in notices:
+            notice = Notice(now, "info", text, attempt)
+            await self.desk.insist(partial(self.desk.append, scope, Lane.CONTROL, [notice]))
 
     async def stop(self, why: str) -> None:
         """Have every job save and leave; past the grace their trainers are killed."""

@@ -1,5 +1,6 @@
 """Dial, carry a session's frames in and out, dial again."""
 
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -25,6 +26,7 @@ from agent.net.retry import (
     refusal,
     retry_after,
 )
+from agent.net.sleep import EVERY, Clocks, read_clocks, slept
 from protocol.codec import BadMessage, Codec
 from protocol.fields import MAX_FRAME
 from protocol.messages import CONNECT_PATH, SUBPROTOCOLS, Close, Command, Desired, Goaway
@@ -35,6 +37,10 @@ OPEN_WITHIN = 10.0
 """Seconds for TCP, TLS and the upgrade together."""
 HEALTHY = 60.0
 """Seconds a session must have lived before the next dial's wait starts small again."""
+PROBE_WITHIN = 5.0
+"""Seconds in which the backend must answer after a sleep of this machine."""
+WOKEN_WITHIN = 3.0
+"""Seconds over which the dials of machines that woke together are spread."""
 HELLO_STREAMS = 1000
 """Streams that HELLO names: with their scopes they fit a frame."""
 
@@ -65,6 +71,8 @@ class Link:
         user_agent: str,
         subprotocols: tuple[str, ...] = SUBPROTOCOLS,
         clock: Callable[[], float] = time.monotonic,
+        clocks: Callable[[], Clocks] = read_clocks,
+        on_sleep: Callable[[float], Awaitable[None]] | None = None,
     ) -> None:
         self._uplink = uplink
         self.url = socket_url(backend_url)
@@ -75,6 +83,10 @@ class Link:
         self._user_agent = user_agent
         self._subprotocols = [Subprotocol(name) for name in subprotocols]
         self._clock = clock
+        self._clocks = clocks
+        self._on_sleep = on_sleep
+        self._roused = anyio.Event()
+        """The machine woke up: what this link waits for may be over."""
         self._wake = anyio.Event()
         self._welcomed = anyio.Event()
         self._session: AgentSession | None = None
@@ -97,6 +109,44 @@ class Link:
 
     async def run(self) -> None:
         """Dial for ever. Raises Refused when dialling again cannot help."""
+        refused: Refused | None = None
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._notice_sleep)
+            try:
+                await self._dial_for_ever()
+            except Refused as error:
+                refused = error  # by itself, not in a group of errors
+            group.cancel_scope.cancel()
+        if refused is not None:
+            raise refused
+
+    async def _notice_sleep(self) -> None:
+        """Look at the clocks; after a sleep ask the backend for a sign of life, and wait for no old dial."""
+        before = self._clocks()
+        while True:
+            await anyio.sleep(EVERY)
+            now = self._clocks()
+            asleep = slept(before, now)
+            before = now
+            if not asleep:
+                continue
+            logger.info("nothing ran here for {:.0f} s (sleep, or this process was stopped)", asleep)
+            if self._session is not None:
+                # Not killed blindly: after a short stop the connection is as good as before.
+                self._session.probe(self._clock(), PROBE_WITHIN)
+                self.wake()
+            self._roused.set()
+            if self._on_sleep is not None:
+                await self._on_sleep(asleep)
+
+    async def _wait_to_dial(self, wait: float) -> None:
+        """Wait, but after a sleep of the machine only long enough that a house full of laptops is spread."""
+        self._roused = anyio.Event()
+        with anyio.move_on_after(wait):
+            await self._roused.wait()
+            await anyio.sleep(random.uniform(0, min(wait, WOKEN_WITHIN)))  # noqa: S311  # spreads load
+
+    async def _dial_for_ever(self) -> None:
         waits = backoff()
         while True:
             began = self._clock()
@@ -129,7 +179,7 @@ class Link:
             self._retry_after = 0.0
             logger.info("link down: {}; dialling again in {:.1f} s", why, wait)
             self._on_state("connecting", f"{why}; dialling again in {wait:.0f} s")
-            await anyio.sleep(wait)
+            await self._wait_to_dial(wait)
 
     @asynccontextmanager
     async def _dialled(self) -> AsyncIterator[ClientConnection]:
