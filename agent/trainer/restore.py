@@ -1,5 +1,6 @@
 """Which checkpoint an attempt goes on from, and from which other jobs the run descends."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from agent.trainer.progress import Progress
 from protocol.failures import FailureReason
 from protocol.jobspec import JobSpec
 from protocol.worker import Note, Phase, Preparing, Start
+
+REPLAY = ".replay"
+"""Folder in the job's checkpoints folder where a resume is checked; see `agent.trainer.replay`."""
 
 
 def find(
@@ -30,6 +34,8 @@ def find(
         return found, _counters(found)
     if checkpoints.folder.is_dir():
         checkpoints.sweep()
+        # Of a trainer that was killed while it checked its resume.
+        shutil.rmtree(checkpoints.folder / REPLAY, ignore_errors=True)
     newest, passed = checkpoints.newest_good()
     for sentence in passed:
         say(Note("warning", sentence))

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from datasets.exceptions import DatasetGenerationError
 
-from agent.trainer import data, determinism, fingerprints, inputs, memory, methods, restore, samples
+from agent.trainer import data, determinism, fingerprints, inputs, memory, methods, replay, restore, samples
 from agent.trainer.checkpoint import Checkpoints, Found
 from agent.trainer.control import ControlledSFTTrainer
 from agent.trainer.disk import NoRoom
@@ -26,9 +26,9 @@ FLUSH_LIMIT = 60.0
 """Seconds that the end of a job waits for the agent to take down its last events."""
 
 
-def train(start: Start, line: Any) -> int:
+def train(start: Start, line: Any, inbox: Inbox | None = None) -> int:
     """Run a job to its end, or to where it is told to leave; return the exit code. Raises TrainerError."""
-    inbox = Inbox(line)
+    inbox = inbox or Inbox(line)
     if line.parent_gone:
         # The agent died while this process was on its way here. Its folders may be another's by now.
         line.say(Left("parent_lost", 0))
@@ -66,6 +66,7 @@ class _Run:
         self.checkpoints = Checkpoints(Path(start.workspace.checkpoints), start.spec.job_id)
         self.progress = Progress()
         self.facts: dict[str, str] = {}
+        self.checking: replay.Checking | None = None
 
     def go(self) -> None:
         self.inbox.listen()
@@ -75,8 +76,14 @@ class _Run:
         found = self._find_checkpoint()
         ground = self._load(found)
         trainer = ground.trainer
-        trainer.train(resume_from_checkpoint=str(found.path) if found is not None else None)
-        self._finish(ground)
+        try:
+            trainer.train(resume_from_checkpoint=str(found.path) if found is not None else None)
+            if self.checking is not None:
+                self.checking.finish()
+            self._finish(ground)
+        finally:
+            if self.checking is not None:
+                self.checking.drop()
 
     # Before training
 
@@ -157,6 +164,9 @@ class _Run:
             raise self._no_rows(prepared) from error
         if accepted is not None and accepted.needed:
             trainer.add_callback(inputs.PutInForce(accepted))
+        if found is not None and start.limits.verify_resume:
+            self.checking = replay.Checking(start, found, marks, inbox)
+            trainer.add_callback(self.checking)
         if prepared.source is None and len(trainer.train_dataset) == 0:
             raise self._no_rows(prepared)
         if trainer.eval_dataset is not None and len(trainer.eval_dataset) == 0:

@@ -1,0 +1,121 @@
+"""A resume is checked by replaying the steps before it in a process beside."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from agent.trainer import replay, tensorfile
+from agent.trainer.checkpoint import MANIFEST, Checkpoints, Found, Manifest, _record, seal
+from agent.trainer.inbox import Inbox
+from agent.trainer.restore import REPLAY
+from protocol.jobspec import LoraSpec
+from protocol.worker import Left, Note, Pause, Verified
+from tests.trainer.conftest import Jobs, RecordingLine
+
+TRAINING = {"save_steps": 2, "max_steps": 10}
+
+
+def resumed(jobs: Jobs, attempt: int = 2, **changes: Any) -> RecordingLine:
+    return jobs.run("job", attempt=attempt, training=TRAINING, verify_resume=2, **changes)
+
+
+def test_a_resume_is_found_equal_and_its_end_is_that_of_an_untouched_run(jobs: Jobs) -> None:
+    untouched = jobs.run("untouched", training=TRAINING, lora=LoraSpec(r=4, dropout=0.1))
+    jobs.run("job", {5: [Pause()]}, training=TRAINING, lora=LoraSpec(r=4, dropout=0.1))
+    line = resumed(jobs, lora=LoraSpec(r=4, dropout=0.1))
+    (check,) = line.of(Verified)
+    assert check == Verified(
+        5, 6, True, 0.0, "The losses of 2 steps, the weights and the optimizer's state are the same."
+    )
+    assert line.last.weights_hash == untouched.last.weights_hash
+    assert not (jobs.checkpoints() / REPLAY).exists()
+    # The replay deletes nothing and keeps nothing.
+    assert {path.name for path in jobs.checkpoints().glob("step-*")} == {"step-6", "step-8", "step-10"}
+
+
+def request_of(jobs: Jobs, **changes: Any) -> replay.Request:
+    """The request that a resumed attempt would make, with what it reads linked in place."""
+    return checking_of(jobs, **changes)._prepare()
+
+
+def checking_of(jobs: Jobs, k: int = 2, **changes: Any) -> replay.Checking:
+    start = jobs.start("job", attempt=2, training=TRAINING, verify_resume=k, **changes)
+    found, _ = Checkpoints(jobs.checkpoints(), "job").newest_good()
+    assert found is not None
+    return replay.Checking(start, found, found.manifest.inputs, Inbox(RecordingLine({})))
+
+
+def spoil(checkpoint: Path, stem: str) -> None:
+    """Move one number of a checkpoint by a quarter, and make its manifest good again."""
+    from safetensors.torch import save_file
+
+    tensors = tensorfile.read(checkpoint, stem)
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    tensors[name].view(-1)[0] += 0.25
+    save_file(tensors, checkpoint / f"{stem}.safetensors")
+    manifest = verify_loosely(checkpoint)
+    (checkpoint / MANIFEST).write_bytes(msgspec.json.encode(manifest))
+
+
+def verify_loosely(checkpoint: Path) -> Manifest:
+    told = msgspec.json.decode((checkpoint / MANIFEST).read_bytes(), type=Manifest)
+    files = {name: _record(checkpoint / name) for name in told.files}
+    return seal(msgspec.structs.replace(told, files=files))
+
+
+def test_a_checkpoint_that_was_not_come_by_honestly_is_found_out(jobs: Jobs) -> None:
+    jobs.run("job", {5: [Pause()]}, training=TRAINING)
+    spoil(jobs.checkpoints() / "step-6", "training/optimizer")
+    request = request_of(jobs)
+    assert (request.first, request.last) == (5, 6)
+    # In this process: what a fresh one adds is seen above.
+    verdict = replay.replay(request, os.getppid()).verdict
+    assert verdict is not None
+    assert not verdict.equal
+    assert verdict.difference == pytest.approx(0.25, abs=1e-3)
+    assert verdict.detail == "They differ: training/optimizer by at most 0.25."
+
+
+def test_without_an_earlier_checkpoint_it_goes_from_the_beginning(jobs: Jobs) -> None:
+    jobs.run("job", {3: [Pause()]}, training={"max_steps": 10})
+    request = request_of(jobs, k=3)
+    assert (request.first, request.last, request.start.resume_from) == (1, 4, "")
+    verdict = replay.replay(request, os.getppid()).verdict
+    assert verdict is not None
+    assert verdict.equal
+
+
+@pytest.mark.parametrize(
+    ("change", "clause"),
+    [
+        ({"inputs": {"spec": "other"}}, "what the run is made of has changed since the checkpoint"),
+        ({"job_id": "other"}, "it is the checkpoint of another job that this one begins with"),
+        ({"format": 1}, "the checkpoint was saved by an older agent"),
+        ({"step": 5000}, "no good checkpoint is left from 2000 steps before it or earlier"),
+    ],
+)
+def test_what_cannot_be_replayed_is_said(jobs: Jobs, change: dict[str, Any], clause: str) -> None:
+    folder = jobs.checkpoints() / "step-4"
+    folder.mkdir(parents=True)
+    manifest = Manifest(
+        job_id="job", step=4, epoch=1.0, attempt=1, reason="pause", time=1.0, inputs={"spec": "a"}
+    )
+    found = Found(folder, msgspec.structs.replace(manifest, **change), 1)
+    line = RecordingLine({})
+    start = jobs.start("job", attempt=2, verify_resume=2000)
+    checking = replay.Checking(start, found, {"spec": "a"}, Inbox(line))
+    checking.on_step_end(None, None, None)
+    checking.on_step_end(None, None, None)
+    assert line.events == [Note("info", f"The resume was not checked: {clause}.")]
+
+
+def test_a_pause_ends_the_check_at_once(jobs: Jobs) -> None:
+    jobs.run("job", {5: [Pause()]}, training=TRAINING)
+    line = resumed(jobs, script={7: [Pause()]})
+    assert isinstance(line.last, Left)
+    assert not line.of(Verified)
+    assert not line.of(Note)
+    assert not (jobs.checkpoints() / REPLAY).exists()
