@@ -76,14 +76,15 @@ def enriched(job: Job, told: Failure, seen: Seen) -> Failure:
 def room_needed(job: Job, need: int, free: int) -> int:
     """Return how many bytes must be free before a job that left for a full disk goes on by itself."""
     need = need or job.saved_bytes or UNKNOWN_NEED
-    # What was missing may lie on top of what is free: a staged checkpoint was deleted again.
-    return need if need > free else free + need
+    tried = job.full_step == job.saved_step
+    # There is as much already, since what was half written is deleted; and it did not suffice the last time.
+    return free + need if tried and need <= free else need
 
 
-def no_room(need: int, free: int, where: str) -> str:
+def no_room(room: int, free: int, where: str) -> str:
     """Return the sentence for a job that waits for room on a disk."""
     return (
-        f"The disk is full: {free / MB:.0f} MB are free under {where} and {need / MB:.0f} MB are needed. "
+        f"The disk is full: {free / MB:.0f} MB are free under {where} and {room / MB:.0f} MB are needed. "
         "The job goes on by itself when there is room; resume it to try at once."
     )
 

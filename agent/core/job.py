@@ -45,6 +45,7 @@ UNTRIED: dict[str, object] = {
     "stalled_step": -1,
     "fresh_step": -1,
     "fresh_count": 0,
+    "full_step": -1,
     "memory_pauses": 0,
 }
 """The counts of what went wrong, as they are before an attempt was made."""
@@ -78,6 +79,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """disk or memory: what the job waits for while it is held. Whoever resumes it by hand goes before that."""
     room: int = 0
     """Bytes of that which must be free before it goes on by itself; 0: never by itself."""
+    full_step: int = -1
+    """The newest checkpoint's step when a disk was last full."""
     memory_pauses: int = 0
     memory_paused_at: float = 0.0
     detail: str = ""
@@ -298,6 +301,7 @@ def short_of_memory(job: Job, why: str, *, room: int, now: float) -> tuple[Job, 
 def rest(job: Job, cause: str, why: str, *, room: int, now: float) -> tuple[Job, list[Effect]]:
     """Return a job whose worker has left for lack of ``cause`` (disk): paused until ``room`` bytes are free."""
     behind = job.step - job.saved_step
+    job = msgspec.structs.replace(job, full_step=job.saved_step)
     if behind > 0:
         why = f"{why} The last good checkpoint is {behind} steps back."
     if job.state is JobState.PAUSING and job.want is Want.PAUSE:

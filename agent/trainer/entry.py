@@ -1,18 +1,20 @@
 """The trainer process from its imports to its last word. Started by name; nothing imports it."""
 
-import errno
+import contextlib
 import logging
 import os
 import sys
 import time
 import traceback
-from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from agent.trainer.errors import TrainerError
 from agent.trainer.line import EventQueue, Line, OrderQueue
+from agent.trainer.reasons import explain
 from protocol.failures import Evidence, Failure, FailureReason, failure
-from protocol.worker import Failed, Start, Warm
+from protocol.worker import Failed, Left, Note, Start, Warm
 
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -32,7 +34,13 @@ def main(orders: OrderQueue, events: EventQueue) -> int:
         return _work(line, began)
     except Exception as error:  # noqa: BLE001  the outermost frame: whatever happened becomes a sentence
         traceback.print_exc()
-        line.say(Failed(failure_of(error)))
+        told = failure_of(error)
+        if told.reason is FailureReason.DISK_FULL:
+            # What is on the disk is good, and the job can wait until there is room.
+            line.say(Note("warning", told.sentence))
+            line.say(Left("disk_full", 0))
+        else:
+            line.say(Failed(told))
         return FAILED
     finally:
         line.close()
@@ -68,52 +76,31 @@ def failure_of(error: BaseException) -> Failure:
     trace = "".join(traceback.format_exception(error))[-20_000:]
     if isinstance(error, TrainerError):
         told = error.failure()
-        evidence = told.evidence or Evidence()
-        return failure(told.reason, told.sentence, _with(evidence, trace))
-    reason, sentence = _explain(error)
-    return failure(reason, sentence, _with(Evidence(), trace))
+        return msgspec.structs.replace(told, evidence=_with(told.evidence or Evidence(), trace))
+    reason, sentence, advice = explain(error)
+    return failure(reason, sentence, _with(Evidence(), trace), advice)
 
 
 def _with(evidence: Evidence, trace: str) -> Evidence:
-    torch = sys.modules.get("torch")
-    on_cuda = torch is not None and torch.cuda.is_available()
-    peak = torch.cuda.max_memory_allocated() / (1 << 30) if torch is not None and on_cuda else None
-    return Evidence(
+    peak, free = _device_memory_gb()
+    return msgspec.structs.replace(
+        evidence,
         traceback=trace,
-        step=evidence.step,
-        rows=evidence.rows,
         device_memory_gb=peak,
+        device_free_gb=free,
         host_memory_gb=_host_memory_gb(),
     )
 
 
-def _explain(error: BaseException) -> tuple[FailureReason, str]:
-    """Return reason and sentence for an error that is not ours."""
-    kind, text = type(error).__name__, str(error).strip()
-    first = text.splitlines()[0][:500] if text else "no further words"
-    if kind == "OutOfMemoryError" or "CUDA out of memory" in text:
-        return (
-            FailureReason.DEVICE_MEMORY,
-            f"The device's memory did not suffice: {first} "
-            "Lower training.batch_size (and raise gradient_accumulation_steps), lower max_length, "
-            "or turn gradient_checkpointing on.",
-        )
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:
-        return (
-            FailureReason.HOST_MEMORY,
-            f"The machine's memory did not suffice: {first}. Lower training.batch_size or max_length, "
-            "or close other programs.",
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" ({Path(error.filename).parent})" if isinstance(error.filename, str) else ""
-        return FailureReason.DISK_FULL, f"The disk is full{where}. Free some space, then resume the job."
-    if kind == "AcceleratorError" or text.startswith("CUDA error"):
-        return FailureReason.DRIVER, f"The device reported an error: {first}"
-    return (
-        FailureReason.INTERNAL,
-        f"The trainer met an error that it has no answer for, {kind}: {first}. "
-        "The job's log and its checkpoints are kept.",
-    )
+def _device_memory_gb() -> tuple[float | None, float | None]:
+    """Return the peak of what was allocated on the device, and what is free there now."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None, None
+    peak, free = torch.cuda.max_memory_allocated() / (1 << 30), None
+    with contextlib.suppress(RuntimeError):  # after an error of the device it answers nothing more
+        free = torch.cuda.mem_get_info()[0] / (1 << 30)
+    return peak, free
 
 
 def _host_memory_gb() -> float | None:

@@ -65,8 +65,26 @@ class Manner(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     hang_at: int = 0
     """Neither step nor obey from here on."""
     nan_at: int = 0
+    disk_at: int = 0
+    """Leave for a full disk, without a checkpoint, at this step; beyond the last one, where the model is written."""
+    need_mb: int = 0
+    """Say so much disk with it."""
+    fresh_at: int = 0
+    """Save, and leave for a fresh process."""
+    stall_at: int = 0
+    """Work on without ever coming to an end of this step; obeys no more."""
+    stop_at: int = 0
+    """Be stopped as by somebody's SIGSTOP."""
+    signal_at: int = 0
+    signal: str = "SIGSEGV"
+    """The signal that it ends by at ``signal_at``."""
+    eat_mb: int = 0
+    """Megabytes of memory that each step takes and keeps."""
+    eat_most_mb: int = 1024
+    reason: str = "data"
+    """The reason that ``fail_at`` gives."""
     until_attempt: int = 1_000_000_000
-    """The last attempt that behaves badly (fail, crash, kill, hang, nan)."""
+    """The last attempt that behaves badly (fail, crash, kill, hang, nan, disk, fresh, stall, stop, signal, eat)."""
     shout_every: int = 0
     """Print a line at every so many steps."""
     deaf: int = 0
@@ -137,6 +155,7 @@ class Fake:
         self.stopped = start.stop_at_once
         self.evaluate_now = False
         self.trained = False
+        self.eaten: list[bytearray] = []
 
     def run(self) -> None:
         """Train to the end and write the final model."""
@@ -214,6 +233,9 @@ class Fake:
             self.evaluate_now = False
             values = {"eval_loss": self.loss() + 0.1, "perplexity": math.exp(self.loss() + 0.1)}
             self.line.say(Metrics(step, self.epoch(), time.time(), values))
+        if self.bad and step == manner.fresh_at:
+            self.save("fresh_process")
+            raise _Leave(Left("fresh_process", step))
         if step % self.save_steps == 0 and step < self.total:
             self.save("schedule")
 
@@ -221,8 +243,21 @@ class Fake:
         """Do the bad thing that is due at this step, if any."""
         manner = self.manner
         if step == manner.fail_at:
-            told = failure(FailureReason.DATA, f"The fake was told to fail at step {step}.")
+            told = failure(FailureReason(manner.reason), f"The fake was told to fail at step {step}.")
             raise _Leave(Failed(told), 1)
+        if step == manner.disk_at:
+            raise _Leave(Left("disk_full", step, manner.need_mb << 20))
+        if step == manner.signal_at:
+            # faulthandler answers some of them with a traceback, and lets the default follow.
+            os.kill(os.getpid(), signal.Signals[manner.signal])
+        if step == manner.stop_at:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        while step == manner.stall_at:
+            sum(range(10_000))
+            time.sleep(0.01)
+        if manner.eat_mb and len(self.eaten) * manner.eat_mb < manner.eat_most_mb:
+            # Written to, so that it is really there.
+            self.eaten.append(bytearray(b"x") * (manner.eat_mb << 20))
         if step == manner.crash_at:
             os._exit(70)
         if step == manner.kill_at:
@@ -334,6 +369,8 @@ class Fake:
         """Write the final model and say so."""
         self.trained, self.stopped = True, False
         self.idle(self.manner.finish)
+        if self.bad and self.manner.disk_at > self.total:
+            raise _Leave(Left("disk_full", self.state.step, self.manner.need_mb << 20))
         output = Path(self.start.workspace.output)
         output.mkdir(parents=True, exist_ok=True)
         (output / "model.json").write_bytes(msgspec.json.encode(self.state))
