@@ -1,0 +1,109 @@
+"""Which checkpoint a job goes on from, and one that begins with another job's."""
+
+import msgspec
+import pytest
+
+from agent.trainer import run
+from agent.trainer.checkpoint import Ancestor, verify
+from agent.trainer.errors import TrainerError
+from protocol.failures import FailureReason
+from protocol.jobspec import BranchSpec, LoraSpec
+from protocol.worker import Cancel, Finished, Note, Parameters, Pause, Ready
+from tests.trainer.conftest import Jobs, RecordingLine, curve
+
+
+def branched(
+    jobs: Jobs, name: str, step: int, script: dict[int, list[object]] | None = None, **changes: object
+) -> RecordingLine:
+    """Run a job that begins with a checkpoint of run-1."""
+    branch = BranchSpec(job_id="run-1", checkpoint=f"step-{step}")
+    start = jobs.start(name, branch=branch, **changes)
+    parent = str(jobs.checkpoints("run-1") / f"step-{step}")
+    start = msgspec.structs.replace(start, workspace=msgspec.structs.replace(start.workspace, branch=parent))
+    line = RecordingLine(dict(script or {}))
+    assert run.train(start, line) == 0
+    return line
+
+
+def test_a_branch_with_nothing_changed_ends_as_its_parent(jobs: Jobs) -> None:
+    lora = LoraSpec(r=4, dropout=0.1)
+    parent = jobs.run("run-1", training={"save_steps": 4}, lora=lora)
+    line = branched(jobs, "run-2", 4, training={"save_steps": 2}, lora=lora)
+    (ready,) = line.of(Ready)
+    assert ready.start_step == 4
+    assert ready.facts["branched_from"] == "run-1 step-4"
+    assert line.last.weights_hash == parent.last.weights_hash
+    later = {step: values for step, values in curve(parent).items() if step > 4}
+    assert curve(line) == later
+    mine = verify(jobs.checkpoints("run-2") / "step-6").manifest
+    theirs = verify(jobs.checkpoints("run-1") / "step-4").manifest
+    assert mine.lineage == [Ancestor("run-1", "step-4", 4, theirs.check)]
+    assert mine.job_id == "run-2"
+
+
+def test_a_branch_goes_its_own_way_and_on_from_its_own_checkpoints(jobs: Jobs) -> None:
+    parent = jobs.run("run-1", {3: [Pause()]})
+    other = {"learning_rate": 1e-3, "max_steps": 12, "weight_decay": 0.5}
+    untouched = branched(jobs, "run-2", 4, training=other)
+    # The linear schedule of twelve steps with the new peak, at the steps that are left.
+    rates = [untouched.points[step]["learning_rate"] for step in range(5, 13)]
+    assert rates == pytest.approx([1e-3 * left / 12 for left in range(8, 0, -1)])
+    assert [note.level for note in untouched.of(Note)] == ["info"] * 4
+
+    branched(jobs, "run-3", 4, {6: [Pause()]}, training=other)
+    line = branched(jobs, "run-3", 4, training=other, attempt=2)
+    assert line.of(Ready)[0].start_step == 7
+    assert not line.of(Note)
+    assert line.last.weights_hash == untouched.last.weights_hash != parent.last
+    assert verify(jobs.checkpoints("run-3") / "step-12").manifest.lineage[0].job_id == "run-1"
+
+
+def test_a_branch_of_an_ended_job_trains_on(jobs: Jobs) -> None:
+    stops = {
+        "early_stopping_patience": 1,
+        "early_stopping_threshold": 100.0,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    }
+    parent = jobs.run("run-1", training=stops, eval_fraction=0.25)
+    end = parent.last.step
+    assert end < 8
+    line = branched(jobs, "run-2", end, training={**stops, "early_stopping_patience": 9}, eval_fraction=0.25)
+    assert line.last.step == 8
+
+
+def test_a_parents_live_parameters_stay_unless_the_branch_says_otherwise(jobs: Jobs) -> None:
+    from protocol.worker import SetParameters
+
+    jobs.run("run-1", {1: [SetParameters(Parameters(learning_rate=5e-3))], 3: [Pause()]})
+    same = branched(jobs, "run-2", 4)
+    assert same.points[5]["learning_rate"] == pytest.approx(5e-3 * 4 / 8)
+    other = branched(jobs, "run-3", 4, training={"learning_rate": 2e-3})
+    assert other.points[5]["learning_rate"] == pytest.approx(2e-3 * 4 / 8)
+
+
+def test_a_branch_whose_own_checkpoints_are_bad_begins_again_where_it_branched_off(jobs: Jobs) -> None:
+    jobs.run("run-1", {3: [Pause()]})
+    branched(jobs, "run-2", 4, {6: [Pause()]})
+    (jobs.checkpoints("run-2") / "step-7" / "model.safetensors").unlink()
+    line = branched(jobs, "run-2", 4, attempt=2)
+    assert line.of(Ready)[0].start_step == 4
+    assert line.of(Note)[1].text.endswith("so the job starts again where it branched off.")
+    assert isinstance(line.last, Finished)
+
+
+def test_a_bad_checkpoint_is_not_branched_from(jobs: Jobs) -> None:
+    jobs.run("run-1", {3: [Pause()]})
+    (jobs.checkpoints("run-1") / "step-4" / "model.safetensors").unlink()
+    with pytest.raises(TrainerError) as caught:
+        branched(jobs, "run-2", 4)
+    assert caught.value.reason is FailureReason.CHECKPOINT
+    assert "its file model.safetensors is missing. Branch from another one." in caught.value.sentence
+
+
+def test_what_a_killed_check_left_is_cleared(jobs: Jobs) -> None:
+    jobs.run("job", {3: [Cancel()]}, training={"save_steps": 2})
+    left = jobs.checkpoints() / ".replay" / "run"
+    left.mkdir(parents=True)
+    jobs.run("job", attempt=2, training={"save_steps": 2})
+    assert not left.exists()
