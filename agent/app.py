@@ -202,6 +202,7 @@ async def run_job(
     job_id: str,
     dataset_path: str = "",
     name: str = "",
+    accept_changes: bool = False,
     on_update: Callable[[JobView, PointView | None], None],
     module: str = "agent.trainer.entry",
 ) -> JobView:
@@ -242,11 +243,11 @@ async def run_job(
             else:
                 final = anyio.Event()
                 if stands.state in (JobState.FAILED, JobState.CANCELLED):
-                    await program.doors.retry(job_id)
+                    await program.doors.retry(job_id, accept_changes=accept_changes)
                 elif stands.state is JobState.COMPLETED:
                     return stands
                 else:
-                    await program.doors.want(job_id, Want.RUN)
+                    await program.doors.want(job_id, Want.RUN, accept_changes=accept_changes)
             await final.wait()
             await program.desk.idle()
             return program.doors.job(job_id)

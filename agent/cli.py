@@ -20,7 +20,7 @@ import typer
 
 from agent.cli_branch import branching
 from agent.cli_commands import commands
-from agent.cli_options import AsJson, JobPath, given, settings_of
+from agent.cli_options import AcceptChanges, AsJson, JobPath, given, settings_of
 from agent.cli_start import guarded, leaf, log_to, warn
 from agent.cli_start import run as run_start
 from agent.errors import AgentError, Exit
@@ -170,6 +170,7 @@ def run(
     job: JobPath,
     data: Annotated[Path | None, typer.Option(help="The data set: a file or saved folder.")] = None,
     job_id: Annotated[str, typer.Option(help="Id of the job; else made from the file's content.")] = "",
+    accept_changes: AcceptChanges = False,
     as_json: AsJson = False,
 ) -> None:
     """Run one job with no backend. Ctrl-C pauses it, and the same command goes on.
@@ -216,6 +217,7 @@ def run(
             job_id=name,
             dataset_path=dataset_path,
             name=file.name,
+            accept_changes=accept_changes,
             on_update=on_update,
         )
         try:

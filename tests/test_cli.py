@@ -18,7 +18,7 @@ from agent import cli_show, demo, demo_data
 from agent.cli import main
 from agent.cli_jobfile import JobFile, read, stable_id
 from agent.errors import AgentError, BadJob
-from protocol.lifecycle import JobState
+from protocol.lifecycle import JobState, Want
 from protocol.version import AGENT_VERSION
 from tests.local.desk import FAILED, Api, api, job
 
@@ -164,6 +164,34 @@ def test_logs_and_their_end(capsys: pytest.CaptureFixture[str], agent: Api) -> N
     assert called(capsys, "logs", "run")[1].splitlines() == [f"line {number}" for number in range(5)]
     assert called(capsys, "logs", "run", "--limit", "2")[1].splitlines() == ["line 3", "line 4"]
     assert called(capsys, "logs", "-f", "bad")[1].splitlines()[-1] == "line 4", "a job that has ended ends it"
+
+
+def test_the_users_word_branches_and_pins(capsys: pytest.CaptureFixture[str], agent: Api) -> None:
+    assert called(capsys, "resume", "run", "--accept-changes")[0] == 0
+    assert called(capsys, "retry", "bad", "--accept-changes")[0] == 0
+    sets = ["--set", "training.learning_rate=1e-4", "--set", "training.optim=sgd"]
+    words = ["branch", "run", "--checkpoint", "step-2", "--job-id", "twig", *sets]
+    assert called(capsys, *words)[:2] == (0, "twig\n")
+    out = called(capsys, "checkpoints", "run", "--pin", "step-2")[1]
+    assert out == "step-2       epoch 0.20         0.0 MB  held out 1.5000  best latest\n"
+    assert json.loads(called(capsys, "checkpoints", "run", "--json")[1])["best_checkpoint"]["step"] == 2
+    assert called(capsys, "checkpoints", "bad")[1] == "No checkpoint yet.\n"
+    changes = {"training": {"learning_rate": 1e-4, "optim": "sgd"}}
+    assert agent.desk.asked == [
+        ("want", "run", Want.RUN, "", "owner", "accept"),
+        ("retry", "bad", "", "owner", "accept"),
+        ("branch", "run", "step-2", changes, "twig", "", "owner"),
+        ("pin", "run", "step-2", True),
+    ]
+
+
+def test_a_slip_in_a_branchs_settings_is_said(capsys: pytest.CaptureFixture[str], agent: Api) -> None:
+    code, _, err = called(capsys, "branch", "run", "--set", "training.seed")
+    assert code == 10 and "give PATH=VALUE" in err
+    code, _, err = called(capsys, "branch", "run", "--set", "a=1", "--set", "a.b=2")
+    assert code == 10 and "a key above it was given a value" in err
+    assert called(capsys, "checkpoints", "run", "--pin", "step-2", "--unpin", "step-2")[0] == 10
+    assert agent.desk.asked == []
 
 
 def test_steering(capsys: pytest.CaptureFixture[str], agent: Api) -> None:

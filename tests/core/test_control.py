@@ -19,6 +19,7 @@ from agent.core.control import (
     wanted,
 )
 from agent.core.effects import Ask, Effect, EndWorker, Report
+from agent.core.intake import hear
 from agent.core.job import Job
 from agent.errors import NotPossible
 from protocol.failures import FailureReason, failure
@@ -26,7 +27,7 @@ from protocol.jobspec import BadSpec
 from protocol.lifecycle import JobState, Want
 from protocol.messages import CommandKind, DatasetRef, Desired, Offer
 from protocol.records import JobStatus, Notice
-from protocol.worker import Cancel, EvaluateNow, Parameters, Pause, SaveNow, SetParameters
+from protocol.worker import Cancel, EvaluateNow, Numbered, Parameters, Pause, Saved, SaveNow, SetParameters
 
 S, W = JobState, Want
 CONFIG = json.dumps({"model": {"name": "tiny"}, "training": {"method": "cpt"}, "name": "Books"})
@@ -233,6 +234,43 @@ def test_a_retry_after_a_hold_is_not_held() -> None:
 def test_only_a_job_that_ended_badly_is_retried(state: JobState) -> None:
     with pytest.raises(NotPossible, match="only a failed or cancelled job can be retried"):
         retried(job(state), by="user", now=1.0)
+
+
+# The user's word
+
+
+def test_the_users_word_holds_until_the_next_checkpoint() -> None:
+    paused = job(S.PAUSED, want=W.PAUSE)
+    new, _ = wanted(paused, W.RUN, by="user", now=1.0, accept_changes=True)
+    assert (new.state, new.accept_changes) == (S.QUEUED, True)
+    running = msgspec.structs.replace(new, state=S.RUNNING)
+    heard = hear(running, Numbered(1, 1, Saved("/c/j/step-4", 4, 0.5, 1, 1.0, "schedule")), now=2.0)
+    assert heard is not None
+    assert not heard[0].accept_changes
+    assert not wanted(paused, W.RUN, by="user", now=1.0)[0].accept_changes
+
+
+def test_the_users_word_is_for_a_start_and_for_nothing_else() -> None:
+    assert not wanted(job(), W.RUN, by="user", now=1.0, accept_changes=True)[0].accept_changes
+    assert not wanted(job(S.PAUSED), W.CANCEL, by="user", now=1.0, accept_changes=True)[0].accept_changes
+
+
+def test_a_retry_carries_the_users_word_and_the_next_one_does_not() -> None:
+    new, _ = retried(job(S.FAILED), by="user", now=1.0, accept_changes=True)
+    assert new.accept_changes
+    again, _ = retried(msgspec.structs.replace(new, state=S.FAILED), by="user", now=2.0)
+    assert not again.accept_changes
+
+
+def test_the_backend_passes_the_users_word_on() -> None:
+    new, _ = desire(job(S.PAUSED, want=W.PAUSE), wish("run", accept_changes=True), now=1.0)
+    assert new.accept_changes
+
+
+def test_a_job_knows_what_it_branched_from() -> None:
+    config = json.dumps({"model": {"name": "m"}, "branch": {"job_id": "run-1"}})
+    made = new_job("run-2", config, dataset_path="", name="", order=1, now=1.0)
+    assert made.branched_from == "run-1"
 
 
 # Live parameters

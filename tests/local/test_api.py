@@ -7,7 +7,7 @@ import pytest
 
 from protocol.lifecycle import JobState, Want
 from protocol.messages import CommandKind
-from protocol.worker import Parameters
+from protocol.worker import Estimate, Parameters, Verified
 from tests.local.desk import FAILED, Api, api, job
 
 CONFIG = {"model": {"name": "tiny"}, "training": {"method": "sft"}}
@@ -26,7 +26,15 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
         job("wait", JobState.QUEUED, queue_position=2),
         job("soon", JobState.QUEUED, queue_position=1),
         job("done", JobState.COMPLETED, model_path="/m/done"),
-        job("bad", JobState.FAILED, failure=FAILED, completed_at=1_700_000_100.0),
+        job(
+            "bad",
+            JobState.FAILED,
+            failure=FAILED,
+            completed_at=1_700_000_100.0,
+            branched_from="run",
+            estimate=Estimate(device="cpu", host_gb=3.5, disk_gb=1.0, free_host_gb=9.0, free_disk_gb=9.0),
+            resume_check=Verified(5, 6, False, 0.25, "Bad luck."),
+        ),
     ]
     with api(tmp_path_factory.mktemp("home"), *jobs) as one:
         yield one
@@ -126,6 +134,43 @@ def test_wants(door: Api) -> None:
         (Want.STOP, "", "owner"),
         (Want.CANCEL, "", "owner"),
     ]
+
+
+def test_the_users_word_comes_in_the_body_or_in_the_query(door: Api) -> None:
+    door.post("/api/training/resume/run", {"accept_changes": True})
+    door.post("/api/training/resume/run?accept_changes=true")
+    door.post("/api/training/retry/bad", {"accept_changes": True, "checkpoint_path": "step-2"})
+    assert door.desk.asked == [
+        ("want", "run", Want.RUN, "", "owner", "accept"),
+        ("want", "run", Want.RUN, "", "owner", "accept"),
+        ("retry", "bad", "step-2", "owner", "accept"),
+    ]
+
+
+def test_a_branch_is_a_new_job(door: Api) -> None:
+    changes = {"training": {"learning_rate": 1e-4}}
+    wish = {"checkpoint": "step-2", "config_adjustments": changes, "job_id": "twig", "name": "Twig"}
+    answer = door.post("/api/training/branch/run", wish)
+    assert answer == {"job_id": "twig", "message": "Job twig begins with checkpoint step-2 of run."}
+    assert door.desk.asked == [("branch", "run", "step-2", changes, "twig", "Twig", "owner")]
+    assert door.client.post("/api/training/branch/none").status_code == 404
+    assert door.client.post("/api/training/branch/run", json={"config": {}}).status_code == 400
+
+
+def test_a_checkpoint_is_pinned(door: Api) -> None:
+    door.post("/api/training/checkpoints/run", {"checkpoint": "step-2"})
+    found = door.post("/api/training/checkpoints/run", {"checkpoint": "step-2", "pinned": False})
+    assert found["best_checkpoint"]["step"] == 2
+    assert door.desk.asked == [("pin", "run", "step-2", True), ("pin", "run", "step-2", False)]
+    assert door.client.post("/api/training/checkpoints/run", json={"name": "x"}).status_code == 400
+
+
+def test_what_was_estimated_and_checked_is_shown(door: Api) -> None:
+    found = door.get("/api/training/status/bad")
+    assert found["resumed_from_job_id"] == "run"
+    assert found["estimate"]["host_gb"] == 3.5
+    assert found["resume_check"]["text"] == "steps 5 to 6 replayed: they differ by 0.25. Bad luck."
+    assert door.get("/api/training/status/run")["resume_check"] is None
 
 
 def test_what_a_state_does_not_allow_is_409(door: Api) -> None:
