@@ -1,6 +1,7 @@
 """`python -m tests.bench.bare HOME STEPS LOGGING_STEPS WARM_UP`: TRL alone, as a script from its documentation.
 
-Prints the tokens per second between the point of step WARM_UP and the last one.
+Prints the tokens per second between the point of step WARM_UP and the last one; with one step alone, the moment
+when it was done.
 """
 
 import json
@@ -56,6 +57,9 @@ def main(home: Path, steps: int, logging_steps: int, warm_up: int) -> None:
         callbacks=[clock],
     )
     trainer.train()
+    if steps == 1:
+        print(clock.points[1][0])
+        return
     (began, before), (ended, after) = clock.points[warm_up], clock.points[steps]
     print((after - before) / (ended - began))
 

@@ -1,5 +1,7 @@
 """From a step finished in the trainer to its point stored at the hub, and from the pause button to `paused`."""
 
+import os
+import select
 import statistics
 import time
 from itertools import pairwise
@@ -8,7 +10,8 @@ from pathlib import Path
 from tests.bench import job
 from tests.bench.figures import Figure, at_most, await_end, percentile, running, shown
 from tests.bench.watched_hub import WatchedHub
-from tests.support.programs import fake_config
+from tests.support.programs import fake_config, wait_until
+from tests.support.trainers import trainer_of
 
 STEPS = 600
 STEP = 0.05
@@ -46,18 +49,24 @@ def _figures(name: str, delays: list[float]) -> dict[str, Figure]:
 
 
 def pause(folder: Path, pauses: int = PAUSES) -> dict[str, Figure]:
-    """Return how long a real LoRA job takes from the button to `paused`, beyond a step and the save."""
+    """Return how long a real LoRA job takes from the button to its process gone and to `paused`, beyond a step."""
     steps = 2000
     job.build(folder / "agent", 100)
     over: list[float] = []
     whole: list[float] = []
-    with running(folder, fake=False, OMP_NUM_THREADS=job.threads()) as (hub, _):
+    gone: list[float] = []
+    with running(folder, fake=False, OMP_NUM_THREADS=job.threads()) as (hub, agent):
         job_id = hub.submit(job.config(steps, 1, lora=True), job.ROWS)
         at = 0
         for _ in range(pauses):
             hub.wait_step(job_id, at + 15)
+            trainer = wait_until(lambda: trainer_of(agent, job_id), "the job's process")
+            process = os.pidfd_open(trainer.pid)
             pressed = time.time()
             hub.control(job_id, "pause")
+            select.select([process], [], [], 120)
+            gone.append(time.time() - pressed - _step_seconds(hub, job_id, pressed))
+            os.close(process)
             at = int(hub.wait_state(job_id, "paused")["current_step"])
             reached = next(
                 note[1] for note in hub.seen("state") if note[3] == "paused" and note[1] >= pressed
@@ -73,6 +82,13 @@ def pause(folder: Path, pauses: int = PAUSES) -> dict[str, Figure]:
         hub.control(job_id, "cancel")
         hub.wait_state(job_id, "cancelled")
     return {
+        "pause_gone": at_most(
+            statistics.median(gone),
+            "s beyond a step, until the process is gone",
+            1.5,
+            slowest=max(gone),
+            pauses=pauses,
+        ),
         "pause": at_most(
             statistics.median(over),
             "s beyond a step and the save",
@@ -80,7 +96,7 @@ def pause(folder: Path, pauses: int = PAUSES) -> dict[str, Figure]:
             slowest=max(over),
             from_button_to_paused=statistics.median(whole),
             pauses=pauses,
-        )
+        ),
     }
 
 

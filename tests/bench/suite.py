@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.bench import latency, reporting, start, throughput
+from tests.bench import first_step, latency, reporting, start, throughput
 from tests.bench.figures import Figure
 
 BENCHMARKS: dict[str, Callable[[Path], dict[str, Figure]]] = {
@@ -12,6 +12,7 @@ BENCHMARKS: dict[str, Callable[[Path], dict[str, Figure]]] = {
     "throughput": throughput.throughput,
     "latency": latency.latency,
     "pause": latency.pause,
+    "first_step": first_step.first_step,
     "reporting": reporting.reporting,
     "ingest": latency.ingest,
 }
