@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from peft import LoraConfig
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -222,14 +223,25 @@ def old_name_allowed() -> Iterator[None]:
 
 
 def _keep_differentiable(model: Any) -> None:
-    """Keep 4-bit layers on a CPU in the form that has a gradient.
+    """Keep quantised layers on a CPU in the form that has a gradient.
 
-    On a CPU with AVX512-BF16 bitsandbytes repacks them at the first evaluation, for a kernel without a backward
+    On a CPU with AVX512-BF16 bitsandbytes repacks 4-bit ones at the first evaluation, for a kernel without a backward
     pass; from then on the layers below get no gradient, and nothing but a warning says so.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+        if isinstance(module, Linear8bitLt):
+            module.register_forward_pre_hook(_keep_scales)
+
+
+def _keep_scales(module: Any, args: Any) -> None:
+    """Give an 8-bit weight its scales back.
+
+    DoRA reads the weight in every pass; on a CPU PEFT 0.21 then puts a copy in its place, which has none.
+    """
+    if module.weight.CB is not None and module.weight.SCB is None:
+        module.weight.SCB = module.state.SCB
 
 
 def _bits(quantization: Quantization | None) -> BitsAndBytesConfig | None:

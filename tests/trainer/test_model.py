@@ -14,7 +14,7 @@ import torch
 from agent.trainer.errors import TrainerError
 from agent.trainer.model import choose_precision, load_base, load_model, load_tokenizer
 from protocol.failures import FailureReason
-from protocol.jobspec import LoraSpec, ModelSpec, Quantization, TokenizerSpec, TrainingSpec
+from protocol.jobspec import LoraSpec, Method, ModelSpec, Quantization, TokenizerSpec, TrainingSpec
 from tests.trainer.conftest import Jobs, build_model, build_tokenizer
 
 
@@ -219,3 +219,26 @@ def test_precision_without_a_device(
     precision = choose_precision(spec, start.limits, lambda level, text: notes.append(text))
     assert (precision.weights, precision.bf16, precision.fp16) == (weights, bf16, False)
     assert bool(notes) is noted
+
+
+def test_an_adapter_cannot_be_laid_over_the_head(jobs: Jobs) -> None:
+    reason, sentence = refusal(lambda: load(jobs.start(lora=LoraSpec(target_modules=["q_proj", "lm_head"]))))
+    assert reason is FailureReason.SPEC
+    assert "lora.target_modules: lm_head cannot have an adapter" in sentence
+
+
+def test_preference_training_in_full_has_a_reference_beside_it(jobs: Jobs) -> None:
+    full = load(jobs.start(method=Method.DPO))
+    assert full.reference is not full.model
+    assert "held beside the one that is trained" in full.facts["reference"]
+    assert load(jobs.start(method=Method.DPO, lora=LoraSpec(r=4))).reference is None
+    assert load(jobs.start()).reference is None
+
+
+def test_dora_reads_8_bit_weights_in_every_pass(jobs: Jobs) -> None:
+    """Its norm is that of the weight at first, so the untrained model is the one without it."""
+    wanted = {"quantization": Quantization(bits=8), "eval_fraction": 0.25, "training": {"max_steps": 2}}
+    plain = jobs.run("plain", lora=LoraSpec(r=4), **wanted)
+    dora = jobs.run("dora", lora=LoraSpec(r=4, use_dora=True), **wanted)
+    assert dora.points[0]["eval_loss"] == pytest.approx(plain.points[0]["eval_loss"], abs=2e-2)
+    assert dora.points[2]["grad_norm"] > 0
