@@ -9,13 +9,31 @@ import torch
 from protocol.worker import Limits
 
 _GB = 1 << 30
+_fraction = 1.0
+"""The owner's share of the device, as it was applied."""
 _utilization: tuple[float, float | None] = (0.0, None)
 
 
 def apply_cap(limits: Limits) -> None:
-    """Keep this process within the owner's share of the device's memory."""
+    """Keep this process within the owner's share of each device's memory; before anything is allocated there."""
+    global _fraction
+    _fraction = limits.gpu_memory_fraction
     if torch.cuda.is_available() and limits.gpu_memory_fraction < 1.0:
-        torch.cuda.set_per_process_memory_fraction(limits.gpu_memory_fraction)
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.set_per_process_memory_fraction(limits.gpu_memory_fraction, device)
+
+
+def within_cap(free: int, total: int, held: int, fraction: float) -> int:
+    """Return the bytes of a device that this process may still come to hold, with the ``held`` ones it has."""
+    return max(0, min(free + held, int(total * fraction)))
+
+
+def free_device() -> int | None:
+    """Return the bytes of the device that this process may hold at most, now; None without CUDA."""
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return within_cap(free, total, torch.cuda.memory_reserved(), _fraction)
 
 
 def figures() -> dict[str, float]:
