@@ -175,7 +175,7 @@ def _less_device_memory(job: Job, spec: JobSpec) -> str:
         said.append(f"the weights are not quantised: 4 bits (nf4) need {_share(parts, 'weights', 0.7)}less")
     if spec.lora is None:
         said.append("all weights are trained: a LoRA adapter has no optimizer state for them")
-    return "; ".join(said)[:1].upper() + "; ".join(said)[1:] + "." if said else ""
+    return f"In this job {'; '.join(said)}." if said else ""
 
 
 def _share(parts: dict[str, float], name: str, share: float) -> str:

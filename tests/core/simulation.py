@@ -13,7 +13,7 @@ from agent.core import agenda
 from agent.core.control import desire, retried, wanted
 from agent.core.effects import Ask, Effect, EndWorker, Report, StartWorker
 from agent.core.intake import gone, hear
-from agent.core.job import Job, hold, react, step, unhold
+from agent.core.job import Job, hold, react, short_of_memory, step, unhold
 from agent.errors import NotPossible
 from protocol.failures import FailureReason, failure
 from protocol.lifecycle import HAS_WORKER, TERMINAL, JobState, Trigger, Want
@@ -163,7 +163,7 @@ class World:
         assert self.process is not None
         process, self.process = self.process, None
         self.held.clear()
-        self.take(gone(self.job, process.attempt, left=process.left, why=why, now=self.now))
+        self.take(gone(self.job, process.attempt, left=process.left, why=why, now=self.now, room=9))
 
     def save(self) -> None:
         """A checkpoint by schedule."""
@@ -174,6 +174,26 @@ class World:
         """The trainer is killed; what it had put on the queue is still there."""
         if self.process is not None:
             self.process.alive = False
+
+    def run_out(self) -> None:
+        """The trainer finds no room on the disk, or no memory in one piece, and leaves."""
+        process = self.process
+        if process is None or not process.alive or process.phase == "loading":
+            return
+        if process.phase == "stepping" and self.random.random() < 0.5:
+            process.save("fresh_process")
+            process._leave("fresh_process")
+        else:
+            process._leave("disk_full")
+
+    def squeeze(self) -> None:
+        """The machine's memory runs out."""
+        self.take(short_of_memory(self.job, "The memory is nearly full.", room=9, now=self.now))
+
+    def relax(self) -> None:
+        """There is room again."""
+        if self.job.held_for and self.job.state is JobState.PAUSED:
+            self.take(unhold(self.job, now=self.now, why="There is room again."))
 
     def fail(self) -> None:
         """The trainer gives up."""
@@ -222,12 +242,15 @@ class World:
             while self.process is not None:
                 self.listen()
         self.draining = False
-        self.take(unhold(self.job, now=self.now) if self.job.held else (self.job, []))
+        self.take(
+            unhold(self.job, now=self.now) if self.job.held and not self.job.held_for else (self.job, [])
+        )
 
     def run(self, steps: int) -> None:
         """Let ``steps`` things happen, then nothing but the trainer's work."""
         usual = [self.work, self.listen]
         rare = [self.crash, self.fail, self.ask, self.ask, self.retry, self.save, self.stop_agent]
+        rare += [self.run_out, self.squeeze, self.relax]
         self.take(react(self.job, Trigger.SAVED, now=0.0))
         for _ in range(steps):
             self.now += 1
@@ -236,6 +259,7 @@ class World:
         for _ in range(300):
             self.work()
             self.listen()
+            self.relax()
             self.check()
 
     def check(self) -> None:

@@ -7,24 +7,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent.core.control import wanted
 from agent.core.effects import Ask, Effect, EndWorker, Report, StartWorker
 from agent.core.job import (
     CANCEL_GRACE,
     FAULT_GRACE,
+    FRESH_ALLOWED,
     LOSSES_ALLOWED,
+    MEMORY_CALM,
+    MEMORY_PAUSES,
     Job,
+    fresh,
     hold,
     lost,
     react,
     report,
+    rest,
     settle,
+    short_of_memory,
     status,
     step,
     unhold,
 )
-from protocol.failures import FailureReason, failure
+from protocol.failures import Evidence, FailureReason, failure
 from protocol.lifecycle import HAS_WORKER, TERMINAL, IllegalTransition, JobState, Trigger, Want
-from protocol.records import JobStatus
+from protocol.records import JobStatus, Notice
 from protocol.worker import Cancel, Pause, Stop
 from tests.core.simulation import World
 
@@ -67,7 +74,11 @@ def test_whatever_happens_a_job_comes_to_rest_where_it_was_wanted(seed: int) -> 
     assert world.job.state in ends | {S.FAILED} or world.job.state is S.CANCELLED
     if world.job.state is S.FAILED:
         assert world.job.failure is not None
-        assert world.job.failure.reason in (FailureReason.DATA, FailureReason.LOST)
+        assert world.job.failure.reason in (
+            FailureReason.DATA,
+            FailureReason.LOST,
+            FailureReason.DEVICE_MEMORY,
+        )
     assert world.process is None
     assert world.states[-1:] in ([], [world.job.state]), "the last thing told is how it stands"
 
@@ -228,6 +239,79 @@ def test_a_held_job_can_be_cancelled() -> None:
     assert settle(held, now=1.0)[0].state is S.CANCELLED
 
 
+@pytest.mark.parametrize("state", [S.PREPARING, S.RUNNING, S.PAUSING, S.FINISHING])
+def test_a_worker_that_left_for_a_full_disk_leaves_a_paused_job_that_waits_for_room(state: JobState) -> None:
+    new, effects = rest(job(state, step=57, saved_step=40), "disk", "It is full.", room=300, now=1.0)
+    assert (new.state, new.want, new.by, new.held_for, new.room) == (S.PAUSED, W.RUN, "disk", "disk", 300)
+    assert new.detail == new.held == "It is full. The last good checkpoint is 17 steps back."
+    assert new.losses == 0 and asked(effects) == [], "nobody is left to be asked"
+    assert told(effects)[-1].by == "disk"
+    again, effects = unhold(new, now=2.0, why="There is room.")
+    assert (again.state, again.by, again.held, again.held_for, again.room) == (S.QUEUED, "disk", "", "", 0)
+    assert [one.text for one in notices(effects)] == ["There is room."] == again.notes
+
+
+def notices(effects: list[Effect]) -> list[Notice]:
+    return [one.record for one in effects if isinstance(one, Report) and isinstance(one.record, Notice)]
+
+
+def test_a_pause_that_found_the_disk_full_is_a_pause_of_whoever_asked_for_it() -> None:
+    new, _ = rest(job(S.PAUSING, want=W.PAUSE, by="user", step=5), "disk", "It is full.", room=9, now=1.0)
+    assert (new.state, new.by, new.held) == (S.PAUSED, "user", "")
+    assert new.detail == "It is full. The last good checkpoint is 5 steps back."
+    assert unhold(new, now=2.0)[0].state is S.PAUSED
+
+
+@pytest.mark.parametrize(("by", "state"), [("user", S.QUEUED), ("owner", S.QUEUED), ("agent", S.PAUSED)])
+def test_whoever_resumes_by_hand_goes_before_what_the_job_waits_for(by: str, state: JobState) -> None:
+    waiting, _ = rest(job(), "disk", "It is full.", room=300, now=1.0)
+    new, _ = wanted(waiting, W.RUN, by=by, now=2.0)
+    assert new.state is state
+    stopped = job(S.PAUSED, held="The agent was stopped.")
+    assert wanted(stopped, W.RUN, by="user", now=2.0)[0].state is S.PAUSED, "that is no wait of the job's"
+
+
+def test_a_job_that_waits_for_room_is_not_the_agents_to_hold_too() -> None:
+    waiting, _ = hold(job(), "Full.", now=1.0, cause="memory", room=9)
+    assert hold(waiting, "The agent was stopped.", now=2.0) == (waiting, [])
+
+
+def test_a_job_that_fills_the_memory_again_and_again_stays_paused() -> None:
+    new = job()
+    for number in range(1, MEMORY_PAUSES + 2):
+        new, effects = short_of_memory(new, "Full.", room=9, now=float(number))
+        assert asked(effects) == [Ask("j", Pause())] and new.by == "memory"
+        new, _ = react(new, T.RELEASED, now=float(number))
+        assert new.room == (9 if number <= MEMORY_PAUSES else 0)
+        if new.room:
+            new = msgspec.structs.replace(unhold(new, now=float(number))[0], state=S.RUNNING)
+    assert "stays paused until somebody resumes it" in new.held
+    by_hand, _ = wanted(new, W.RUN, by="owner", now=9.0)
+    assert (by_hand.state, by_hand.memory_pauses) == (S.QUEUED, 0)
+    calm = job(memory_pauses=MEMORY_PAUSES, memory_paused_at=1.0)
+    assert short_of_memory(calm, "Full.", room=9, now=MEMORY_CALM + 2)[0].room == 9, "long ago"
+    assert short_of_memory(new, "Full.", room=9, now=9.0) == (new, [])
+
+
+def test_a_fresh_process_is_another_attempt_and_no_loss() -> None:
+    new, effects = fresh(job(step=7, saved_step=7, losses=2), now=1.0)
+    assert (new.state, new.losses) == (S.QUEUED, 2)
+    assert "fresh process" in notices(effects)[0].text
+    paused, _ = fresh(job(S.PAUSING, want=W.PAUSE, step=7), now=1.0)
+    assert paused.state is S.PAUSED
+
+
+def test_a_step_that_fits_no_fresh_process_either_is_the_end() -> None:
+    new = job(step=7)
+    for _ in range(FRESH_ALLOWED):
+        new = msgspec.structs.replace(fresh(new, now=1.0)[0], state=S.RUNNING)
+    elsewhere, _ = fresh(msgspec.structs.replace(new, step=8), now=1.0)
+    assert elsewhere.state is S.QUEUED
+    new, _ = fresh(new, now=1.0)
+    assert new.failure is not None and new.failure.reason is FailureReason.DEVICE_MEMORY
+    assert "step 8" in new.failure.sentence
+
+
 # lost
 
 
@@ -251,6 +335,32 @@ def test_patience_ends_after_three_losses_without_a_checkpoint(state: JobState) 
     assert new.failure.sentence == (
         "The trainer was lost 3 times without a new checkpoint; the last time: It was killed."
     )
+
+
+def test_the_last_loss_gives_the_failure_its_name_and_all_are_evidence() -> None:
+    new, _ = lost(job(step=9), now=1.0, why="One.")
+    new = msgspec.structs.replace(new, state=S.RUNNING)
+    new, _ = lost(new, now=1.0, why="Two.")
+    new = msgspec.structs.replace(new, state=S.RUNNING)
+    seen = Evidence(log_tail=["last"])
+    new, _ = lost(new, now=1.0, why="Three.", reason=FailureReason.HOST_MEMORY, evidence=seen)
+    assert new.failure is not None and new.failure.reason is FailureReason.HOST_MEMORY
+    assert new.failure.evidence == Evidence(log_tail=["last"], exits=["One.", "Two.", "Three."], step=9)
+
+
+def test_standing_still_twice_without_progress_is_the_end() -> None:
+    stalled = FailureReason.STALLED
+    once, _ = lost(job(step=9, saved_step=5), now=1.0, why="Still.", reason=stalled)
+    assert (once.state, once.losses, once.stalled_step) == (S.QUEUED, 1, 9)
+    further, _ = lost(
+        msgspec.structs.replace(once, state=S.RUNNING, step=12), now=2.0, why="Still.", reason=stalled
+    )
+    assert further.state is S.QUEUED, "it had come further"
+    again, _ = lost(
+        msgspec.structs.replace(once, state=S.RUNNING, step=7), now=2.0, why="Still.", reason=stalled
+    )
+    assert again.failure is not None and again.failure.reason is stalled
+    assert "stood still twice" in again.failure.sentence
 
 
 def test_a_loss_that_is_the_agents_own_does_not_count() -> None:
