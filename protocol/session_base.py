@@ -20,6 +20,10 @@ WELCOME_WITHIN = 10.0
 FRAME_TARGET = 64 * 1024
 """Bytes of records in one DATA frame, unless a single record is larger: on a slow line what is urgent
 waits for one frame, and an acknowledgement comes with each."""
+MOST_STREAMS = 65_536
+"""Streams that an agent may open on one connection."""
+MOST_UNKNOWN = 256
+"""Different tags of newer peers that are counted apart; those after them are counted together, as -1."""
 FRAME_HEAD = 512
 """Bytes of a frame that DATA keeps free for its head."""
 
@@ -128,7 +132,8 @@ class Base:
         """Note that the peer lives; return False for what needs no more than that."""
         self._heard = now
         if isinstance(message, Unknown):
-            self.unknown[message.tag] = self.unknown.get(message.tag, 0) + 1
+            tag = message.tag if message.tag in self.unknown or len(self.unknown) < MOST_UNKNOWN else -1
+            self.unknown[tag] = self.unknown.get(tag, 0) + 1
             return False
         if isinstance(message, HeartbeatAck):
             self.beats_answered += 1

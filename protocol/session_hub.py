@@ -26,6 +26,7 @@ from protocol.messages import (
     Welcome,
 )
 from protocol.session_base import (
+    MOST_STREAMS,
     SILENCE,
     WELCOME_WITHIN,
     Apply,
@@ -94,6 +95,9 @@ class HubSession(Base):
         key = Key(head.epoch, head.scope, head.lane)
         if head.sid in self._keys or key in self._received:
             self._close(Close.MALFORMED, f"stream {head.sid} was opened twice")
+            return []
+        if len(self._keys) >= MOST_STREAMS:
+            self._close(Close.RATE, f"more than {MOST_STREAMS} streams on one connection")
             return []
         self._keys[head.sid] = key
         return [Opened(key)]
