@@ -1,3 +1,4 @@
+import ctypes
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,15 @@ import pytest
 from agent.runtime import devices
 from agent.runtime.devices import GIB, GpuFault, Sampler, faults, free_memory, gpu_pids, inventory
 from protocol.messages import Gpu
+
+
+def xid_event(card: int, number: int) -> Any:
+    """An event as the library hands it out: its own struct, with the card's handle in it."""
+    event = pynvml.c_nvmlEventData_t()
+    event.device = ctypes.cast(100 + card, pynvml.c_nvmlDevice_t)
+    event.eventType = pynvml.nvmlEventTypeXidCriticalError
+    event.eventData = number
+    return event
 
 
 class Driver(ModuleType):
@@ -33,7 +43,7 @@ class Driver(ModuleType):
             "Init": lambda: refuse is None or self.fail(refuse),
             "DeviceGetCount": lambda: 2,
             "DeviceGetHandleByIndex": lambda index: 100 + index,
-            "DeviceGetIndex": lambda handle: handle - 100,
+            "DeviceGetIndex": lambda handle: ctypes.cast(handle, ctypes.c_void_p).value - 100,  # type: ignore[operator]
             "DeviceGetName": lambda handle: f"Card {handle}",
             "DeviceGetUUID": lambda handle: f"GPU-{handle}",
             "SystemGetDriverVersion": lambda: "580.1",
@@ -132,7 +142,7 @@ def test_errors_of_the_driver_are_taken_once(monkeypatch: pytest.MonkeyPatch) ->
     driver = use(Driver(), monkeypatch)
     assert faults() == []
     assert driver.watched == [100, 101]
-    driver.events += [SimpleNamespace(device=101, eventData=79), SimpleNamespace(device=100, eventData=48)]
+    driver.events += [xid_event(1, 79), xid_event(0, 48)]
     assert faults() == [GpuFault(1, 79), GpuFault(0, 48)]
     assert faults() == []
 
