@@ -19,6 +19,7 @@ import msgspec
 import typer
 
 from agent.cli_branch import branching
+from agent.cli_check import checking
 from agent.cli_commands import commands
 from agent.cli_options import AcceptChanges, AsJson, JobPath, given, settings_of
 from agent.cli_start import guarded, leaf, log_to, warn
@@ -241,6 +242,7 @@ def _advance(
         bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+app.add_typer(checking)
 app.add_typer(commands)
 app.add_typer(branching)
 

@@ -108,7 +108,7 @@ class Launching:
         """Fetch, resolve and check all that a process will need."""
         try:
             spec = job_spec(job.job_id, parsed(job.config), job.dataset_path, job.name)
-            limits = self._limits(spec)
+            limits = self.limits(spec)
             data = await self._data(job, spec)
             space = await anyio.to_thread.run_sync(self._workspace, spec, data)
             start_at = await anyio.to_thread.run_sync(self._resume_from, job)
@@ -137,7 +137,7 @@ class Launching:
 
     async def _start(self, job_id: str, order: Start) -> None:
         log = self._settings.logs_dir / f"{job_id}.log"
-        env = self._env(self._desk.job(job_id).device)
+        env = self.env(self._desk.job(job_id).device)
         try:
             identity = await self._desk.supervisor.start(job_id, order, env=env, log=log)
         except OSError as error:
@@ -241,7 +241,8 @@ class Launching:
             return best[0]["path"]
         return str(places.resolve_under(folder, job.checkpoint, "checkpoint"))
 
-    def _limits(self, spec: JobSpec) -> Limits:
+    def limits(self, spec: JobSpec) -> Limits:
+        """Return what the owner allows a job."""
         settings = self._settings
         return Limits(
             gpu_memory_fraction=settings.gpu_memory_fraction,
@@ -254,7 +255,8 @@ class Launching:
             verify_resume=settings.verify_resume,
         )
 
-    def _env(self, device: str) -> dict[str, str]:
+    def env(self, device: str) -> dict[str, str]:
+        """Return the environment of a trainer on ``device``."""
         temporary = self._home / "tmp"
         temporary.mkdir(parents=True, exist_ok=True, mode=0o700)
         return child_env(
@@ -264,6 +266,11 @@ class Launching:
             passed=self._settings.pass_to_trainer,
             threads=self._threads(device),
         )
+
+    @property
+    def visible(self) -> str | None:
+        """The owner's CUDA_VISIBLE_DEVICES."""
+        return self._base_env.get("CUDA_VISIBLE_DEVICES")
 
     def _threads(self, device: str) -> int | None:
         if self._settings.trainer_threads or "OMP_NUM_THREADS" in self._base_env or device != "cpu":
@@ -280,7 +287,7 @@ class Launching:
             # One that is being handed a job still holds its own: each needs a name of its own.
             log = self._home / f"warm-{number}.log"
             try:
-                await self._desk.supervisor.keep_warm(self._env(device), log)
+                await self._desk.supervisor.keep_warm(self.env(device), log)
             except OSError as error:
                 logger.warning("no trainer stands by: {}", error)
             await anyio.sleep(WARM_EVERY)

@@ -14,7 +14,7 @@ from agent.trainer.errors import TrainerError
 from agent.trainer.line import EventQueue, Line, OrderQueue
 from agent.trainer.reasons import explain
 from protocol.failures import Evidence, Failure, FailureReason, failure
-from protocol.worker import Failed, Left, Note, Start, Warm
+from protocol.worker import Check, Failed, Left, Note, Start, Warm
 
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -63,10 +63,15 @@ def _work(line: Line, began: float) -> int:
         torch.set_num_threads(max(1, int(threads)))
     line.say(Warm(os.getpid(), time.monotonic() - began))
     order = line.wait_order()
-    while order is not None and not isinstance(order, Start):
+    while order is not None and not isinstance(order, Start | Check):
         order = line.wait_order()
     if order is None:  # the agent is gone, and there is no job
         return 0
+    if isinstance(order, Check):
+        from agent.trainer import check
+
+        line.begin(1, 1, order.workspace.cache)
+        return check.check(order, line)
     line.begin(order.attempt, order.first_event, order.workspace.checkpoints)
     return run.train(order, line)
 
