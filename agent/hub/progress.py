@@ -20,6 +20,8 @@ def moved(job: Job, record: JobStatus) -> None:
         return
     state = JobState(record.state)
     job.taken = True
+    if job.before_retry is state and job.state is JobState.QUEUED:
+        return  # said before the command to retry had reached it; its answer comes
     if job.state in TERMINAL:
         if state is job.state and job.failure is None and record.failure is not None:
             job.failure = record.failure

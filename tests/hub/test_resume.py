@@ -41,6 +41,10 @@ def test_the_users_word_goes_with_a_resume_and_a_retry_and_is_spent(
             assert post(client, job_id, "control", retry).status_code == 200
             await agent.until(lambda: bool(agent.commands))
             assert agent.commands[0].args == {"checkpoint": "step-4", "accept_changes": 1}
+            # The agent answers what is wanted before it comes to the command: that is no end.
+            agent.add(JobStatus(time.time(), 2, "failed", observed=9, failure=why), job_id)
+            await agent.until_acked()
+            assert status_of(client, job_id)["state"] == "queued"
             agent.add(CommandDone(time.time(), agent.commands[0].command_id, "done"))
             report(agent, job_id, range(3, 5), attempt=3)
             agent.add(Checkpoint(time.time(), 3, "step-5", 5, 0.6, 10, 0.1, "schedule"), job_id)
