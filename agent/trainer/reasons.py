@@ -36,12 +36,6 @@ WORDS: list[tuple[str, FailureReason, str, str]] = [
         "Set training.dataloader_num_workers to 0, or give the container more (--shm-size, --ipc=host).",
     ),
     (
-        r"DataLoader worker",
-        R.SIGNAL,
-        "A process that reads rows ended: {first}",
-        "Set training.dataloader_num_workers to 0 to see the error itself.",
-    ),
-    (
         r"can't allocate memory|Cannot allocate memory|std::bad_alloc",
         R.HOST_MEMORY,
         "The machine's memory did not suffice: {first} Lower training.batch_size or max_length, "
@@ -198,6 +192,9 @@ def explain(error: BaseException) -> Told:
         told = _known(one)
         if told is not None and (one in _causes(error) or told[0] in SCARCE):
             return told
+    if str(error).startswith("DataLoader worker"):  # and its cause is none that is known
+        advice = "Set training.dataloader_num_workers to 0 to see the error itself."
+        return R.SIGNAL, f"A process that reads rows ended: {_first(error)}", advice
     return (
         R.INTERNAL,
         f"The trainer met an error that it has no answer for, {type(error).__name__}: {_first(error)} "

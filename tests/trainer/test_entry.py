@@ -21,7 +21,9 @@ from protocol.worker import (
     Committed,
     Failed,
     Finished,
+    Left,
     Metrics,
+    Note,
     Numbered,
     Preparing,
     Ready,
@@ -229,3 +231,25 @@ def test_our_own_errors_keep_their_rows_and_step() -> None:
     assert failure.sentence == "Row 57 is empty."
     assert failure.evidence is not None
     assert (failure.evidence.rows, failure.evidence.step) == ([57], 3)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_full_disk_met_anywhere_is_no_failure(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = jobs.start("job", training={"max_steps": 2})
+
+    def full(order: Any, line: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "/cache/x")
+
+    monkeypatch.setattr("agent.trainer.run.train", full)
+    code, heard = run_here(start)
+    assert code == entry.FAILED
+    assert [type(event) for event in heard] == [Warm, Note, Left]
+    assert "The disk is full (/cache)" in heard[1].text and heard[2].why == "disk_full"
+
+
+def test_advice_that_an_error_brings_is_told() -> None:
+    told = entry.failure_of(
+        TrainerError(FailureReason.DEVICE_MEMORY, "Full.", advice="512 tokens save 3.1 GB.")
+    )
+    assert told.advice == "512 tokens save 3.1 GB."
+    assert told.evidence is not None and told.evidence.host_memory_gb
