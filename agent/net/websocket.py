@@ -92,6 +92,8 @@ class Link:
         self._session: AgentSession | None = None
         self._retry_after = 0.0
         self.dials = 0
+        self.dial_due = 0.0
+        """When the next dial is due, by the clock of this link."""
         self._was_ours = False
 
     def __repr__(self) -> str:
@@ -177,6 +179,7 @@ class Link:
             # What the backend asked for is spread too, or a whole fleet comes back at once.
             wait = max(least, self._retry_after) + next(waits)
             self._retry_after = 0.0
+            self.dial_due = self._clock() + wait
             logger.info("link down: {}; dialling again in {:.1f} s", why, wait)
             self._on_state("connecting", f"{why}; dialling again in {wait:.0f} s")
             await self._wait_to_dial(wait)

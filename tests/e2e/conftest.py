@@ -17,3 +17,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, Agent]
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """A hub alone."""
+    started = Hub(tmp_path / "hub").start()
+    yield started
+    started.stop()
