@@ -45,6 +45,8 @@ class Prepared:
     """Rows to train on; 0 for a stream, which does not know."""
     source: Source | None = None
     """Of a stream."""
+    digests: tuple[str, ...] = ()
+    """Of the training rows, and of the evaluation's where they come from elsewhere; without the template."""
 
 
 @dataclass
@@ -134,6 +136,7 @@ def prepare(
         chat,
         training.count,
         training.source,
+        tuple(digests),
     )
 
 

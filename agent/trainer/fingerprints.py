@@ -92,7 +92,8 @@ def marks(
     template = "" if prepared.facts.get("chat_template") == "not used" else templates.template_of(tokenizer)
     return {
         "spec": msgspec.json.encode(plain).decode(),
-        "rows": getattr(prepared, "rows_fingerprint", "") or prepared.fingerprint,
+        "rows": prepared.digests[0],
+        "eval_rows": " ".join(prepared.digests[1:]),
         "template": xxhash.xxh3_128_hexdigest(template.encode("utf-8", "surrogatepass")),
         "tokenizer": mark_of_tokenizer,
         "weights": weights_mark(workspace.model, loaded.model),

@@ -161,6 +161,9 @@ def _of_data(
         told.append(Difference("template", "the chat template is another", then=anew))
     if saved["rows"] != marks["rows"]:
         told.append(Difference("rows", "the data set has other rows", then=anew))
+    if saved["eval_rows"] != marks["eval_rows"]:
+        then = "evaluations are made on the new rows from here on"
+        told.append(Difference("eval_rows", "the evaluation's data set has other rows", then=then))
     for name in ("eval_fraction", "max_samples", "split", "format", "streaming"):
         old, new = getattr(before, name), getattr(now, name)
         if old != new:

@@ -23,10 +23,11 @@ from protocol.jobspec import (
     Method,
     ModelSpec,
     Quantization,
+    TokenizerSpec,
     TrainingSpec,
 )
 from protocol.worker import Finished, Note, Parameters, Pause, Ready
-from tests.trainer.conftest import Jobs, build_tokenizer, chat_rows, write_jsonl
+from tests.trainer.conftest import PLAIN_TEMPLATE, Jobs, build_tokenizer, chat_rows, write_jsonl
 
 SPEC = JobSpec(
     job_id="run-1",
@@ -53,7 +54,7 @@ def marks_of(spec: JobSpec, **changes: str) -> dict[str, str]:
     plain = msgspec.structs.replace(spec, job_id="job", branch=None)
     return {
         "spec": msgspec.json.encode(plain).decode(),
-        **dict.fromkeys(("rows", "template", "tokenizer", "weights", "precision"), "a"),
+        **dict.fromkeys(("rows", "eval_rows", "template", "tokenizer", "weights", "precision"), "a"),
         **changes,
     }
 
@@ -147,6 +148,22 @@ def test_other_data_needs_the_word_and_begins_the_epoch_anew(mark: str, clause: 
     assert progress.place == Place(epoch=1, rows=0, micro=1, step_rows=1)
 
 
+def test_other_rows_to_evaluate_on_need_the_word_and_move_nothing() -> None:
+    assert "the evaluation's data set has other rows" in refused(lambda: check(SPEC, eval_rows="b"))
+    notes, progress = check(SPEC, accept=True, eval_rows="b")
+    assert notes[0].endswith("accepted; evaluations are made on the new rows from here on.")
+    assert progress.place.rows == 12
+
+
+def test_another_template_is_not_taken_for_other_rows(jobs: Jobs) -> None:
+    jobs.run("job", {3: [Pause()]}, training={"assistant_only_loss": False})
+    other = TokenizerSpec(chat_template=PLAIN_TEMPLATE.replace("<|end|>", "<|end|>\n"))
+    sentence = refused(
+        lambda: jobs.run("job", attempt=2, training={"assistant_only_loss": False}, tokenizer=other)
+    )
+    assert "saved: the chat template is another. " in sentence
+
+
 def test_all_that_changed_is_listed_at_once() -> None:
     spec = changed(learning_rate=1e-3, seed=7, logging_steps=3)
     sentence = refused(lambda: check(spec, rows="b"))
@@ -206,7 +223,7 @@ def test_a_checkpoint_of_an_older_agent_needs_the_word() -> None:
         job_id="run-1", step=4, epoch=0.5, attempt=1, reason="pause", time=1.0, inputs={"data": "x"}
     )
     found = Found(Path("/c/run-1/step-4"), old, 1)
-    assert "it was saved by an agent that kept no mark of: precision, rows" in refused(
+    assert "it was saved by an agent that kept no mark of: eval_rows, precision, rows" in refused(
         lambda: check(SPEC, found)
     )
     assert len(check(SPEC, found, accept=True)[0]) == 1
