@@ -15,7 +15,8 @@ from loguru import logger
 
 from agent.core import agenda
 from agent.core.effects import Ask, Effect, EndWorker, Report, StartWorker
-from agent.core.job import Job, hold, react, report, step, unhold
+from agent.core.explain import room_needed, waits
+from agent.core.job import Job, hold, react, report, rest, step, unhold
 from agent.errors import UnknownJob
 from agent.ledger import Batch, Ledger
 from agent.runtime.journal import JournalFull, Tx
@@ -254,6 +255,9 @@ class JobDesk:
             job, now = self.jobs[job_id], self._clock()
             if reason is None:
                 self.take(batch, react(job, Trigger.RELEASED, now=now))
+            elif reason is FailureReason.DISK_FULL:
+                room = room_needed(job, job.dataset_size, 0)
+                self.take(batch, rest(job, "disk", f"{sentence} {waits(room)}", room=room, now=now))
             else:
                 cause = failure(reason, sentence)
                 self.take(batch, react(job, Trigger.FAULT, now=now, by="agent", failure=cause))

@@ -10,7 +10,7 @@ from loguru import logger
 from agent.config import Settings
 from agent.core.effects import Effect
 from agent.core.explain import Seen
-from agent.core.job import Job, short_of_memory, unhold
+from agent.core.job import Job, note, short_of_memory, unhold
 from agent.core.pace import Pace
 from agent.desk import JobDesk
 from agent.runtime import tree
@@ -24,6 +24,8 @@ TICK = 1.0
 """Seconds between looks at memory, at the driver and at how long ago each trainer was heard of."""
 DISK_TICKS = 3
 """Looks at the disk are so many times rarer."""
+AGAIN = 60.0
+"""Seconds between two times that a job is let go on by itself."""
 STACK_WITHIN = 3.0
 """Seconds that a trainer is given to write where it stands to its log."""
 IS_BACK = {
@@ -57,6 +59,7 @@ class Guard:
         self._paces: dict[tuple[str, int], Pace] = {}
         self._ended: dict[tuple[str, int], tuple[str, list[str]]] = {}
         """Trainers that were ended because they stood still: the sentence, and where they stood."""
+        self._let_go: dict[str, float] = {}
         self._enough: dict[str, int] = {}
         """Looks in a row at which a job that is paused for memory would have had enough."""
 
@@ -81,6 +84,17 @@ class Guard:
         seen = await self._witness.seen(job_id)
         ended = self._ended.pop((job_id, attempt), None)
         return with_stack(seen, *ended) if ended is not None else seen
+
+    async def look_at_device(self, job: Job) -> None:
+        """Tell the user, before a job starts, that others hold memory of its device."""
+        said = await anyio.to_thread.run_sync(self._witness.crowded, job.device)
+        if said:
+            logger.warning("job {}: {}", job.job_id, said)
+            await self._change(job.job_id, lambda job: self._noted(job, said))
+
+    def _noted(self, job: Job, said: str) -> tuple[Job, list[Effect]]:
+        job, told = note(job, "warning", said, now=self._clock())
+        return job, [told]
 
     async def run(self) -> None:
         """Look, for ever."""
@@ -127,9 +141,11 @@ class Guard:
             if job.held_for != cause or not job.room:
                 continue
             enough = self._enough[job.job_id] = self._enough.get(job.job_id, 0) + 1 if free >= job.room else 0
-            # Memory comes and goes from one second to the next.
-            if enough >= (1 if cause == "disk" else 3):
+            # Memory comes and goes from one second to the next; and what was full may be a quota that nobody tells of.
+            lately = self.now() - self._let_go.get(job.job_id, -AGAIN) < AGAIN
+            if not lately and enough >= (1 if cause == "disk" else 3):
                 del self._enough[job.job_id]
+                self._let_go[job.job_id] = self.now()
                 logger.info("job {}: {}", job.job_id, IS_BACK[cause])
                 await self._change(job.job_id, lambda job: self._go_on(job, cause))
                 return
@@ -162,6 +178,8 @@ class Guard:
             stack = await self._stack(job_id, identity)
         logger.error("job {}: {} Its trainer is ended.", job_id, sentence)
         self._ended[job_id, attempt] = (sentence, stack)
+        # It has had its time, and a process that was stopped cannot even obey SIGTERM.
+        tree.kill(identity)
         await self._desk.supervisor.end(job_id, grace=0)
 
     async def _stack(self, job_id: str, identity: tree.Identity) -> list[str]:

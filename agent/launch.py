@@ -1,5 +1,6 @@
 """Gets a job's next attempt going: data fetched, paths resolved, limits set, process started."""
 
+import errno
 import itertools
 import os
 import time
@@ -72,6 +73,8 @@ class Launching:
         self._redactor = redactor
         self._user_agent = user_agent
         self._preparing: dict[str, anyio.CancelScope] = {}
+        self.look_at_device: Callable[[Job], Awaitable[None]] = _no_look
+        """Warns of a device that others use already; see `agent.guard`."""
         self.bury: Callable[[str, str], Awaitable[None]]
         """Takes in what the trainer of an earlier agent left; see `agent.hearing`."""
 
@@ -115,13 +118,18 @@ class Launching:
         except BadSpec as error:
             raise LaunchFailed(FailureReason.SPEC, str(error)) from None
         except DownloadFailed as error:
-            raise LaunchFailed(FailureReason.DATA, str(error)) from None
+            reason = FailureReason.DISK_FULL if error.disk_full else FailureReason.DATA
+            raise LaunchFailed(reason, str(error)) from None
         except places.WorkspaceError as error:
             raise LaunchFailed(error.reason, str(error)) from None
         except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = FailureReason.DISK_FULL if full else FailureReason.PERMISSION
             raise LaunchFailed(
-                FailureReason.DISK_FULL, f"The job's folders cannot be made: {error}."
+                reason,
+                f"The job's folders cannot be made or written to: {error.strerror} ({error.filename}).",
             ) from None
+        await self.look_at_device(job)
         job = self._desk.job(job.job_id)
         return Start(
             spec,
@@ -342,6 +350,10 @@ class Launching:
     async def forget(self, job_id: str) -> None:
         """Remove that file: all of it is committed."""
         await anyio.to_thread.run_sync(forget_leftovers, self._settings.checkpoints_dir / job_id)
+
+
+async def _no_look(job: Job) -> None:
+    """Stand in where nobody looks at devices."""
 
 
 def _in_phase(job: Job, phase: Phase, detail: str) -> tuple[Job, list[Effect]]:

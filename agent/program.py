@@ -77,6 +77,7 @@ class Program:
         self.witness = Witness(self.desk, settings, self.redactor)
         self.guard = Guard(self.desk, settings, self.redactor, self.witness)
         self.hearing.look = self.guard.seen
+        self.launching.look_at_device = self.guard.look_at_device
         self.hearing.on_event = self.guard.heard
         self.hearing.where = self.witness.where
         self.desk.on_change = lambda job, _: self.watch.printing(job)

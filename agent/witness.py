@@ -10,7 +10,7 @@ import anyio.to_thread
 import msgspec
 
 from agent.config import Settings
-from agent.core.explain import Seen
+from agent.core.explain import GB, Seen
 from agent.core.hostmemory import HostMemory, Shortage
 from agent.desk import JobDesk
 from agent.runtime import devices, hostmem
@@ -23,6 +23,8 @@ MOMENTS = 30.0
 CLOSER = 4
 """Times the reserve: with less memory left than this, the trainers' own memory is looked at every time."""
 SELDOM = 5
+CROWDED = 0.9
+"""Share of what a job may take that should be free; a desktop's own screens need the rest."""
 
 
 class Witness:
@@ -41,8 +43,15 @@ class Witness:
         self._redactor = redactor
         self._share_logs = settings.share_logs
         self._logs = settings.logs_dir
-        self._disks = (settings.checkpoints_dir, settings.models_dir, settings.agent_home)
+        self._disks = (
+            settings.checkpoints_dir,
+            settings.models_dir,
+            settings.agent_home,
+            settings.datasets_dir,
+            settings.logs_dir,
+        )
         self._reserve = settings.host_memory_reserve_mb << 20
+        self._fraction = settings.gpu_memory_fraction
         self._memory = memory
         self._clock = clock
         self._host = HostMemory(self._reserve)
@@ -99,6 +108,20 @@ class Witness:
                 if device != "cpu" and now - when <= MOMENTS and index in (None, fault.index)
             ],
             disk_free=await anyio.to_thread.run_sync(self.disk_free),
+        )
+
+    def crowded(self, device: str) -> str:
+        """Return a sentence where others hold so much of a device that a job cannot have its share; "" elsewhere."""
+        index = self.gpus.get(device)
+        if index is None:
+            return ""
+        free, total = devices.free_memory(index), devices.total_memory(index)
+        if free is None or total is None or free >= CROWDED * self._fraction * total:
+            return ""
+        return (
+            f"Other programs hold {(total - free) / GB:.1f} of the {total / GB:.1f} GB of GPU {index}: the job may take "
+            f"{self._fraction * total / GB:.1f} GB (GPU_MEMORY_FRACTION {self._fraction:g}), and {free / GB:.1f} GB are "
+            "free. It starts, and may run out of the device's memory."
         )
 
     def disk_free(self) -> int:

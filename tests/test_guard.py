@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import anyio
+import msgspec
 import pytest
 
 from agent.config import Settings, load
@@ -115,6 +116,20 @@ def test_jobs_that_wait_for_a_disk_go_on_one_at_a_time_and_one_for_good_does_not
         waiting("disk", petabyte, "c"),
         waiting("disk", 0, "d"),
     )
+
+
+def test_a_quota_that_nobody_tells_of_makes_no_job_go_on_every_moment(tmp_path: Path) -> None:
+    async def test(desk: JobDesk) -> None:
+        machine = Machine(desk, tmp_path)
+        await machine.ticks(3)
+        assert desk.job("j").state is S.QUEUED
+        await desk.change("j", lambda job: (msgspec.structs.replace(waiting("disk", 1), attempt=2), []))
+        await machine.ticks(55)
+        assert desk.job("j").state is S.PAUSED
+        await machine.ticks(9)
+        assert desk.job("j").state is S.QUEUED
+
+    run(test, tmp_path, waiting("disk", 1))
 
 
 def test_a_start_of_the_agent_does_not_end_the_wait(tmp_path: Path) -> None:
@@ -304,3 +319,28 @@ def test_a_job_that_left_for_a_disk_waits_for_what_it_said(tmp_path: Path) -> No
 
     run(test, tmp_path, job(S.RUNNING))
     assert rest(job(S.RUNNING), "disk", "x", room=1, now=0.0)[0].state is S.PAUSED
+
+
+def test_a_start_that_finds_no_room_waits_for_it(tmp_path: Path) -> None:
+    async def test(desk: JobDesk) -> None:
+        await desk.not_started("j", R.DISK_FULL, "The job's folders cannot be made.")
+        stands = desk.job("j")
+        assert (stands.state, stands.by, stands.failure) == (S.PAUSED, "disk", None)
+        assert "256 MB are free; resume it to try at once" in stands.detail
+
+    run(test, tmp_path, job(S.PREPARING))
+
+
+@pytest.mark.parametrize(("device", "fraction", "told"), [("0", "1", 1), ("1", "0.75", 0), ("cpu", "1", 0)])
+def test_a_device_that_others_use_is_told_of_before_a_start(
+    tmp_path: Path, driver: Driver, device: str, fraction: str, told: int
+) -> None:
+    async def test(desk: JobDesk) -> None:
+        machine = Machine(desk, tmp_path, GPU_MEMORY_FRACTION=fraction)
+        machine.witness.know(SimpleNamespace(gpus=CARDS))  # type: ignore[arg-type]
+        await machine.guard.look_at_device(desk.job("j"))
+        said = [record.text for record in await stored(desk, "j") if isinstance(record, Notice)]
+        assert len(said) == told
+        assert not told or "hold 6.0 of the 24.0 GB of GPU 0" in said[0]
+
+    run(test, tmp_path, job(S.PREPARING, device=device))

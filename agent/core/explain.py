@@ -83,10 +83,13 @@ def room_needed(job: Job, need: int, free: int) -> int:
 
 def no_room(room: int, free: int, where: str) -> str:
     """Return the sentence for a job that waits for room on a disk."""
-    return (
-        f"The disk is full: {free / MB:.0f} MB are free under {where} and {room / MB:.0f} MB are needed. "
-        "The job goes on by itself when there is room; resume it to try at once."
-    )
+    said = f"The disk is full: {free / MB:.0f} MB are free under {where} and {room / MB:.0f} MB are needed."
+    return f"{said} {waits(room)}"
+
+
+def waits(room: int) -> str:
+    """Return the sentence on who ends a wait for room."""
+    return f"The job goes on by itself when {room / MB:.0f} MB are free; resume it to try at once."
 
 
 def _of_xid(number: int) -> str:

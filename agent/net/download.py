@@ -1,5 +1,6 @@
 """Fetch a job's data set from the backend: by ranges, verified, and only once."""
 
+import errno
 import hashlib
 import os
 from http import HTTPStatus
@@ -26,6 +27,8 @@ TRIES = 8
 
 class DownloadFailed(Exception):
     """The data set could not be had; the sentence is for the user."""
+
+    disk_full = False
 
 
 class _BrokeOff(Exception):
@@ -57,10 +60,12 @@ async def fetch_dataset(
             )
         await anyio.to_thread.run_sync(part.replace, target)
     except OSError as error:
-        raise DownloadFailed(
-            f"The data set of job {job_id} cannot be kept in {folder}: {error.strerror or error}. Free some space or "
-            "mend the folder's rights, then retry the job."
-        ) from None
+        failed = DownloadFailed(
+            f"The data set of job {job_id} ({size / 1e6:.0f} MB) cannot be kept in {folder}: "
+            f"{error.strerror or error}. Free some space or mend the folder's rights, then retry the job."
+        )
+        failed.disk_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise failed from None
     return target
 
 

@@ -84,6 +84,14 @@ def free_memory(index: int) -> int | None:
     return nvml.read("nvmlDeviceGetMemoryInfo", index, part="free")
 
 
+def total_memory(index: int) -> int | None:
+    """Return the bytes of memory that GPU ``index`` has; None as with `free_memory`."""
+    nvml = _nvml()
+    if index >= nvml.count:
+        return None
+    return nvml.read("nvmlDeviceGetMemoryInfo", index, part="total")
+
+
 def faults() -> list[GpuFault]:
     """Take the critical errors that the driver reported since the last call (Linux)."""
     return _nvml().faults()

@@ -1,0 +1,154 @@
+"""One HTTP client for the REST side: what may have been done is told from what was surely not done."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from agent.net.retry import LOOPBACK, RETRY_AFTER_MOST
+from protocol.rest import HEADER_AGENT
+
+if TYPE_CHECKING:
+    import httpx
+
+# httpx is imported with the first request: it takes longer than the rest of the way to the first dial.
+
+CONNECT_WITHIN = 10.0
+ANSWER_WITHIN = 30.0
+"""Seconds for an answer; the platform's own limit for a write is 25."""
+JSON = "application/json"
+MSGPACK = "application/msgpack"
+
+
+class RestError(Exception):
+    """A request that did not come to an answer that can be used; ``str()`` says why."""
+
+
+class Unreached(RestError):
+    """Nothing was sent, or the server refused before it did anything: it can simply be sent again."""
+
+    def __init__(self, why: str, retry_after: float = 0.0) -> None:
+        super().__init__(why)
+        self.retry_after = retry_after
+
+
+class Unclear(RestError):
+    """It may have been done: no answer came, or one that a gateway on the way may have written."""
+
+    def __init__(self, why: str, status: int = 0) -> None:
+        super().__init__(why)
+        self.status = status
+
+
+class Said(RestError):
+    """The server says no, with a status below 500."""
+
+    def __init__(self, status: int, error: str, body: Mapping[str, Any]) -> None:
+        super().__init__(f"HTTP {status}: {error}")
+        self.status = status
+        self.error = error
+        self.body = body
+
+
+class RestClient:
+    """Requests to one backend. Use with ``async with``, or close it."""
+
+    def __init__(
+        self,
+        backend_url: str,
+        *,
+        key: Callable[[], str],
+        agent_id: str,
+        user_agent: str,
+        answer_within: float = ANSWER_WITHIN,
+    ) -> None:
+        self.base = backend_url.rstrip("/")
+        self.calls = 0
+        """Requests made with the API key, which the platform counts: 100 a minute."""
+        self._key = key
+        self._headers = {HEADER_AGENT: agent_id, "User-Agent": user_agent, "Accept": JSON}
+        self._within = answer_within
+        self._client: httpx.AsyncClient | None = None
+
+    async def close(self) -> None:
+        """Hang up."""
+        if self._client is not None:
+            await self._client.aclose()
+            self._client = None
+
+    async def get(self, path: str, headers: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Ask with the API key. Raises RestError."""
+        return await self.call("GET", path, headers=headers)
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        token: str = "",
+        headers: Mapping[str, str] | None = None,
+        content: bytes | None = None,
+    ) -> dict[str, Any]:
+        """Send one request and return its JSON object. Without ``token`` the API key goes with it.
+
+        ``content`` is a body of records, in place of a JSON ``body``. Raises RestError.
+        """
+        import httpx
+
+        if self._client is None:
+            direct = urlsplit(self.base).hostname in LOOPBACK
+            self._client = httpx.AsyncClient(
+                headers=self._headers,
+                timeout=httpx.Timeout(self._within, connect=CONNECT_WITHIN),
+                follow_redirects=False,
+                trust_env=not direct,
+            )
+        sent = dict(headers or {})
+        if not token:
+            self.calls += 1
+        sent["Authorization"] = f"Bearer {token or self._key()}"
+        data = content
+        if content is not None:
+            sent["Content-Type"] = MSGPACK
+        elif body is not None:
+            data = msgspec.json.encode(body)
+            sent["Content-Type"] = JSON
+        elif method != "GET":
+            data = b""
+        try:
+            answer = await self._client.request(method, self.base + path, content=data, headers=sent)
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+            raise Unreached(f"{self.base} cannot be reached: {_said(error)}") from None
+        except httpx.HTTPError as error:
+            raise Unclear(f"{method} {path} got no answer: {_said(error)}") from None
+        return _read(answer, f"{method} {path}")
+
+
+def _said(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _read(answer: "httpx.Response", what: str) -> dict[str, Any]:
+    status = answer.status_code
+    try:
+        body = msgspec.json.decode(answer.content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        body = None
+    error = str(body.get("error") or "") if isinstance(body, dict) else ""
+    if status == 429:
+        # Counted before anything is done. The platform names no time; its window is a minute.
+        raise Unreached(f"{what}: too many requests", _seconds(answer.headers.get("Retry-After", ""), 60.0))
+    if status >= 500:
+        raise Unclear(f"{what}: HTTP {status} {error}".rstrip(), status)
+    if status >= 300:
+        raise Said(status, error or answer.reason_phrase, body if isinstance(body, dict) else {})
+    if not isinstance(body, dict):
+        # A proxy wrote it: a page to log in to the network, say.
+        raise Unclear(f"{what}: the answer is no JSON object", status)
+    return {**body, "http_status": status}
+
+
+def _seconds(text: str, default: float) -> float:
+    return min(float(text), RETRY_AFTER_MOST) if text.isascii() and text.isdigit() else default

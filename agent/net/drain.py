@@ -1,0 +1,154 @@
+"""The journal's records out by REST, in order, one request at a time; what is common to both kinds of backend."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import ClassVar, Protocol
+
+import anyio
+from loguru import logger
+
+from agent.core.job import Job
+from agent.core.ports import Uplink
+from agent.net.client import RestClient, RestError, Unreached
+from agent.net.retry import backoff
+from protocol.messages import Lane, Machine
+from protocol.session import Key
+
+READ_BYTES = 192 * 1024
+LOOK_EVERY = 10.0
+"""Seconds between looks at what is wanted of the jobs that live."""
+ASIDE_MOST = 30.0
+
+
+class Store(Uplink, Protocol):
+    """What the REST side asks of the agent beyond what the socket does."""
+
+    def jobs(self) -> Mapping[str, Job]:
+        """Return the backend's jobs that this agent holds, ended ones among them."""
+        ...
+
+    def room(self) -> int:
+        """Return how many more jobs the agent would start now."""
+        ...
+
+    async def machine(self) -> Machine: ...
+
+    async def token(self, job_id: str) -> str:
+        """Return the job's token, or "" where none is kept."""
+        ...
+
+    async def keep_token(self, job_id: str, token: str) -> None: ...
+
+    async def noted(self, name: str) -> str:
+        """Return what was noted under a name, or ""."""
+        ...
+
+    async def note(self, notes: Mapping[str, str]) -> None: ...
+
+    async def settled(self, key: Key, seq: int, notes: Mapping[str, str]) -> None:
+        """Take the records up to ``seq`` for delivered, and the notes with them, in one commit."""
+        ...
+
+
+class Drain(ABC):
+    """Sends what is stored, most urgent first, for as long as `run` is let run."""
+
+    every: ClassVar[Mapping[int, float]] = {Lane.CONTROL: 0.0, Lane.METRICS: 1.0, Lane.LOGS: 3.0}
+    """Seconds between two appends of a stream: a request costs as much for one record as for a thousand."""
+
+    def __init__(
+        self, client: RestClient, uplink: Store, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.client = client
+        self.uplink = uplink
+        self.clock = clock
+        self.sent = 0
+        """Records delivered."""
+        self._wake = anyio.Event()
+        self._hurry = False
+        self._at: dict[Key, int] = {}
+        self._last: dict[Key, float] = {}
+        self._aside: dict[str, tuple[float, Iterator[float]]] = {}
+        self._looked = -1e9
+
+    def wake(self) -> None:
+        """Something was appended: look for it now."""
+        self._wake.set()
+
+    def hurry(self) -> None:
+        """The agent is leaving: hold nothing back."""
+        self._hurry = True
+        self.wake()
+
+    async def run(self) -> None:
+        """Send for ever. Raises what is neither the network's fault nor a job's."""
+        self._at.clear()
+        self.in_doubt()
+        while True:
+            wake = self._wake = anyio.Event()
+            due = await self._pass()
+            with anyio.move_on_after(due):
+                await wake.wait()
+
+    @abstractmethod
+    def in_doubt(self) -> None:
+        """Nothing is known of what was on its way last. (The socket, or a crash, came between.)"""
+
+    @abstractmethod
+    async def batch(self, key: Key) -> int:
+        """Send the next records of a stream; return up to where it is delivered. Raises RestError."""
+
+    @abstractmethod
+    async def look(self, job: Job) -> None:
+        """Ask what is wanted of a job. Raises RestError."""
+
+    def seen(self, job: Job) -> bool:
+        """Tell whether `look` is worth a request."""
+        return True
+
+    async def _pass(self) -> float:
+        """Send what is due, and return the seconds until something will be."""
+        now = self.clock()
+        wait = LOOK_EVERY
+        for key, last in sorted(self.uplink.heads().items(), key=lambda item: (item[0].lane, item[0].scope)):
+            if self._at.get(key, -1) >= last:
+                continue
+            due = self._last.get(key, -1e9) + (0.0 if self._hurry else self.every[key.lane])
+            until = self._aside[key.scope][0] if key.scope in self._aside else 0.0
+            if max(due, until) > now:
+                wait = min(wait, max(due, until) - now)
+                continue
+            try:
+                at = self._at[key] = await self.batch(key)
+            except RestError as error:
+                wait = min(wait, self._set_aside(key.scope, error))
+                continue
+            self._aside.pop(key.scope, None)
+            if at < last:
+                # From the top: a state that came meanwhile goes before the rest of a backlog.
+                return 0.0
+            self._last[key] = self.clock()
+        if now - self._looked >= LOOK_EVERY:
+            self._looked = now
+            await self._look()
+        return max(0.01, wait)
+
+    async def _look(self) -> None:
+        for job in list(self.uplink.jobs().values()):
+            if self._aside.get(job.job_id, (0.0,))[0] > self.clock() or not self.seen(job):
+                continue
+            try:
+                await self.look(job)
+            except RestError as error:
+                self._set_aside(job.job_id, error)
+
+    def _set_aside(self, scope: str, error: RestError) -> float:
+        """Leave a job alone for a while; the others are not to wait for it."""
+        waits = self._aside[scope][1] if scope in self._aside else backoff(first=1.0, cap=ASIDE_MOST)
+        pause = next(waits)
+        if isinstance(error, Unreached):
+            pause += error.retry_after
+        logger.info("job {}: {}; sending again in {:.1f} s", scope or "-", error, pause)
+        self._aside[scope] = (self.clock() + pause, waits)
+        return pause

@@ -1,0 +1,232 @@
+"""The hosted platform's words and ours: statuses, points of the curve, and what its job rows take.
+
+Pure: facts in, bodies out. `agent.net.platform` sends them.
+"""
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from agent.core.job import Job
+from protocol.codec import number
+from protocol.lifecycle import TERMINAL, JobState, Want
+from protocol.records import Checkpoint, JobFacts, JobStatus, LogChunk, Point, Result
+from protocol.rest import PlatformStatus
+
+STATUS: dict[JobState, PlatformStatus] = {
+    # A claimed job is `running` there, and one that waits for another attempt after a lost worker is no failure.
+    JobState.QUEUED: "running",
+    JobState.PREPARING: "running",
+    JobState.RUNNING: "running",
+    JobState.PAUSING: "running",
+    JobState.PAUSED: "paused",
+    JobState.CANCELLING: "running",
+    JobState.FINISHING: "running",
+    JobState.COMPLETED: "completed",
+    JobState.FAILED: "failed",
+    JobState.CANCELLED: "cancelled",
+}
+"""What `PATCH .../status` is told: the only words that it takes."""
+
+COLUMNS = (
+    "train_loss",
+    "eval_loss",
+    "learning_rate",
+    "grad_norm",
+    "gpu_memory_allocated_gb",
+    "gpu_memory_reserved_gb",
+    "gpu_utilization_percent",
+    "perplexity",
+    "train_perplexity",
+    "samples_per_second",
+    "tokens_per_second",
+    "best_eval_loss",
+    "best_epoch",
+    "best_step",
+    "epochs_without_improvement",
+)
+"""Numbers of a metric point."""
+WHOLE = frozenset({"best_epoch", "best_step", "epochs_without_improvement"})
+CARRIED = (
+    "eval_loss",
+    "perplexity",
+    "best_eval_loss",
+    "best_epoch",
+    "best_step",
+    "epochs_without_improvement",
+    "loss_trend",
+)
+"""The platform takes its summary of a job from a batch's last point, and what that lacks it sets to null."""
+
+
+def iso(seconds: float) -> str:
+    """Return a time as the platform writes it."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def row_of(point: Point, names: list[str]) -> dict[str, Any]:
+    """Return a point of ours as one of the platform's; it takes finite numbers and whole epochs only."""
+    row: dict[str, Any] = {
+        "step": point.step,
+        "epoch": int(point.epoch) if math.isfinite(point.epoch) else 0,
+        "timestamp": iso(point.time),
+    }
+    for name, value in zip(names, point.values, strict=False):
+        if name not in COLUMNS or value is None:
+            continue
+        plain = _float(value)
+        if math.isfinite(plain):
+            row[name] = int(plain) if name in WHOLE else plain
+    if point.trend:
+        row["loss_trend"] = point.trend
+    return row
+
+
+def _float(value: float | str) -> float:
+    found = number(value)
+    assert found is not None
+    return found
+
+
+def kind_of(row: Mapping[str, Any]) -> str:
+    """Return "eval" for a point of an evaluation alone, else "train". Also for the platform's own rows."""
+    return "eval" if row.get("eval_loss") is not None and row.get("learning_rate") is None else "train"
+
+
+def carry(rows: list[dict[str, Any]], carried: dict[str, Any]) -> dict[str, Any]:
+    """Put the newest evaluation's values on the last of ``rows``, and return what to carry on.
+
+    Only where an evaluation has been: nothing is made up.
+    """
+    for row in rows:
+        carried = carried | {name: row[name] for name in CARRIED if name in row}
+    for name, value in carried.items():
+        rows[-1].setdefault(name, value)
+    return carried
+
+
+def lines_of(chunk: LogChunk) -> list[str]:
+    """Return a piece of log as lines, with one for those that were left out."""
+    gap = [f"[{chunk.dropped} lines dropped here]"] if chunk.dropped else []
+    return [*gap, *(line.replace("\x00", "") for line in chunk.lines)]
+
+
+def fields_of(record: object) -> dict[str, Any]:
+    """Return what a record says that only the jobs route can store; empty where there is nothing."""
+    match record:
+        case JobFacts():
+            return {
+                "total_steps": record.total_steps,
+                "total_epochs": math.ceil(record.total_epochs),
+                "total_samples": record.train_rows + record.eval_rows,
+                "train_samples": record.train_rows,
+                "val_samples": record.eval_rows,
+                "batch_size": record.batch_size,
+                "gradient_accumulation_steps": record.gradient_accumulation_steps,
+                "max_learning_rate": record.learning_rate,
+                **({"resume_from_checkpoint": record.resumed_from} if record.resumed_from else {}),
+            }
+        case Checkpoint(is_best=True) if record.eval_loss is not None:
+            return _finite(
+                {
+                    "best_eval_loss": record.eval_loss,
+                    "best_step": record.step,
+                    "best_epoch": int(record.epoch),
+                }
+            )
+        case Result():
+            ends = {
+                "final_loss": record.values.get("train_loss"),
+                "final_eval_loss": record.values.get("eval_loss"),
+            }
+            return {"progress": 100, "current_step": record.step} | _finite(ends)
+        case JobStatus(state="failed") if record.failure is not None:
+            return {"error_message": record.failure.sentence}
+        case JobStatus(state="failed"):
+            return {"error_message": record.detail or "Training failed"}
+        case _:
+            return {}
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: _float(value) for name, value in values.items() if value is not None}
+    return {
+        name: int(value) if name in WHOLE else value for name, value in found.items() if math.isfinite(value)
+    }
+
+
+def name_of(offered: Mapping[str, Any]) -> str:
+    """Return what the platform calls a job: the first of the names that its page looks for."""
+    config = offered.get("config")
+    config = config if isinstance(config, dict) else {}
+    metadata = config.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    training = config.get("training")
+    training = training if isinstance(training, dict) else {}
+    places = (
+        metadata.get("job_name"),
+        metadata.get("jobName"),
+        config.get("job_name"),
+        config.get("jobName"),
+        training.get("job_name"),
+        training.get("package_name"),
+        config.get("name"),
+        offered.get("model_name"),
+    )
+    return next((place for place in places if isinstance(place, str) and place), "")
+
+
+def obey(job: Job, said: str, before: str) -> Want | None:
+    """Return what the platform's status asks of a job; ``before`` is the last status known there.
+
+    What we wrote ourselves asks for nothing. `completed` and `failed` are not the platform's to say of a job
+    that runs here: a sweep of its own sets them, and the next report puts them right.
+    """
+    if job.state in TERMINAL or said == before:
+        return None
+    match said:
+        case "cancelled":
+            return Want.CANCEL
+        case "paused":
+            return None if job.state is JobState.PAUSED else Want.PAUSE
+        case "running" | "queued" | "pending":
+            return Want.RUN if before == "paused" else None
+        case _:
+            return None
+
+
+class Memo(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What the agent must remember of a job at a platform that numbers nothing. Stored with each acknowledgement."""
+
+    train: int = -1
+    """The highest step that it holds a point of."""
+    eval: int = -1
+    rows: int = 0
+    """Points that it holds of ours, at least."""
+    lines: int = 0
+    """Log lines that it holds."""
+    status: str = ""
+    """The last status known there."""
+    started: bool = False
+    """Whether it was told when the job began."""
+    error: bool = False
+    """Whether it shows an error."""
+    carried: dict[str, Any] = {}
+
+    def fresh(self, row: Mapping[str, Any]) -> bool:
+        """Tell whether the platform lacks this point.
+
+        Steps only rise there: those that are made again after a lost worker are in the chart already.
+        """
+        return int(row["step"]) > (self.eval if kind_of(row) == "eval" else self.train)
+
+    def holds(self, row: Mapping[str, Any]) -> None:
+        """Note that the platform has this point."""
+        step = int(row["step"])
+        if kind_of(row) == "eval":
+            self.eval = max(self.eval, step)
+        else:
+            self.train = max(self.train, step)

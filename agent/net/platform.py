@@ -1,0 +1,368 @@
+"""The hosted platform as it is: plain inserts that nobody numbers, so what is in doubt is read before it is sent again."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import anyio
+import msgspec
+from loguru import logger
+
+from agent.core.job import Job
+from agent.net import hosted
+from agent.net.client import RestClient, RestError, Said, Unclear
+from agent.net.drain import READ_BYTES, Drain, Store
+from agent.net.hosted import Memo
+from agent.net.poll import recovered, told
+from protocol.codec import BadMessage, Unknown, decode_record
+from protocol.lifecycle import TERMINAL, JobState, Want
+from protocol.messages import Desired, Lane
+from protocol.records import AnyRecord, JobStatus, LogChunk, Notice, ParametersApplied, Point, Schema
+from protocol.rest import JOB, METRICS
+from protocol.session import Key
+
+POINTS = 500
+"""Points of a batch: an insert of so many is still quick, and what is in doubt is read back in one page."""
+LINES = 500
+LOG_CAP = 10_000
+"""Lines that the platform keeps of a job."""
+PAGE = 1000
+TRIES = 5
+"""Times that a write which the platform's database may never take is tried."""
+KEEPALIVE = 120.0
+"""Seconds without a write after which a running job is confirmed: after 300 the page calls it stale."""
+SETTLE = 15.0
+"""Seconds after an answer that did not come, in which the platform may still be storing what it was sent."""
+NO_LOGS = "Failed to connect to local training server"
+"""What it says of a job that has no lines yet."""
+
+
+class PlatformDrain(Drain):
+    """Sends records as the platform's calls, and notices what is done to jobs there."""
+
+    every: ClassVar[Mapping[int, float]] = {Lane.CONTROL: 0.0, Lane.METRICS: 2.0, Lane.LOGS: 5.0}
+
+    def __init__(
+        self,
+        client: RestClient,
+        uplink: Store,
+        *,
+        settle: float = SETTLE,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(client, uplink, clock)
+        self._settle = settle
+        self._memos: dict[str, Memo] = {}
+        self._names: dict[int, list[str]] = {}
+        self._sure: set[tuple[str, int]] = set()
+        """Streams (job, lane) whose last batch is known to be stored."""
+        self._unsettled: dict[str, float] = {}
+        self._tries: dict[str, int] = {}
+        self._written: dict[str, float] = {}
+
+    def in_doubt(self) -> None:
+        self._sure.clear()
+
+    # What is remembered
+
+    async def _memo(self, job_id: str) -> Memo:
+        if job_id not in self._memos:
+            text = await self.uplink.noted(f"hosted:{job_id}")
+            # A job that was claimed is running there.
+            self._memos[job_id] = msgspec.json.decode(text, type=Memo) if text else Memo(status="running")
+        return self._memos[job_id]
+
+    async def _settled(self, key: Key, seq: int, memo: Memo, **notes: str) -> None:
+        text = msgspec.json.encode(memo).decode()
+        await self.uplink.settled(key, seq, {f"hosted:{key.scope}": text, **notes})
+        self._memos[key.scope] = memo
+
+    async def _token(self, job_id: str) -> str:
+        token = await self.uplink.token(job_id)
+        if not token:
+            # Only for a job that is there: for any other the jobs route would make a row.
+            await self._status(job_id)
+            token = await recovered(self.client, job_id)
+            await self.uplink.keep_token(job_id, token)
+        return token
+
+    async def _call(self, method: str, path: str, job_id: str, body: object) -> dict[str, Any]:
+        """Call a route of the job's token. A token that is refused is asked for anew."""
+        try:
+            answer = await self.client.call(method, path, body, token=await self._token(job_id))
+        except Said as said:
+            if said.status == 401:
+                fresh = await recovered(self.client, job_id)
+                await self.uplink.keep_token(job_id, fresh)
+            raise
+        except Unclear:
+            self._unsettled[job_id] = self.clock() + self._settle
+            raise
+        self._written[job_id] = self.clock()
+        return answer
+
+    async def _settle_down(self, job_id: str) -> None:
+        """Let pass the time in which the platform may still be storing what nobody answered."""
+        if (until := self._unsettled.pop(job_id, 0.0)) > self.clock():
+            await anyio.sleep(until - self.clock())
+
+    # Records
+
+    async def batch(self, key: Key) -> int:
+        rows = await self.uplink.read(key, 0, READ_BYTES)
+        if not rows:
+            return self.uplink.heads().get(key, 0)
+        if not key.scope:
+            # The platform has no place for what concerns no job.
+            await self.uplink.settled(key, rows[-1][0], {})
+            return rows[-1][0]
+        records: list[tuple[int, AnyRecord | Unknown | None]] = []
+        for seq, body in rows:
+            try:
+                records.append((seq, decode_record(body) if body is not None else None))
+            except BadMessage:
+                records.append((seq, None))
+        if any(record is None for _, record in records):
+            logger.warning("job {}: some of its records could not be read any more", key.scope)
+        memo = msgspec.json.decode(msgspec.json.encode(await self._memo(key.scope)), type=Memo)
+        try:
+            match key.lane:
+                case Lane.CONTROL:
+                    return await self._control(key, records[0][0], records[0][1], memo)
+                case Lane.METRICS:
+                    return await self._metrics(key, records, memo)
+                case _:
+                    return await self._logs(key, records, memo)
+        except Said as said:
+            if said.status != 404:
+                raise
+            await self._status(key.scope)
+            raise
+
+    async def _metrics(self, key: Key, records: list[tuple[int, Any]], memo: Memo) -> int:
+        job_id, at = key.scope, records[0][0]
+        if (job_id, key.lane) not in self._sure:
+            await self._settle_down(job_id)
+            await self._read_points(job_id, memo)
+        rows: list[dict[str, Any]] = []
+        for seq, record in records:
+            at = seq
+            if isinstance(record, Point):
+                row = hosted.row_of(record, await self._schema(record.schema_id))
+                if memo.fresh(row):
+                    rows.append(row)
+                    memo.holds(row)
+            if len(rows) >= POINTS:
+                break
+        if rows:
+            memo.carried = hosted.carry(rows, memo.carried)
+            self._sure.discard((job_id, key.lane))
+            await self._call("POST", METRICS, job_id, {"job_id": job_id, "metrics": rows})
+            memo.rows += len(rows)
+        self._sure.add((job_id, key.lane))
+        await self._settled(key, at, memo)
+        self.sent += len(rows)
+        return at
+
+    async def _schema(self, schema_id: int) -> list[str]:
+        if schema_id not in self._names:
+            text = await self.uplink.noted(f"schema:{schema_id}")
+            self._names[schema_id] = msgspec.json.decode(text, type=list[str]) if text else []
+        return self._names[schema_id]
+
+    async def _read_points(self, job_id: str, memo: Memo) -> None:
+        """Learn which points of ours the platform holds; only its last rows can be news."""
+        offset = max(0, memo.rows - 50)
+        while True:
+            page = await self.client.get(f"{METRICS}?job_id={job_id}&limit={PAGE}&offset={offset}")
+            rows = page.get("metrics")
+            rows = rows if isinstance(rows, list) else []
+            for row in rows:
+                if isinstance(row.get("step"), int):
+                    memo.holds(row)
+            offset += len(rows)
+            if len(rows) < PAGE:
+                break
+        memo.rows = max(memo.rows, offset)
+
+    async def _logs(self, key: Key, records: list[tuple[int, Any]], memo: Memo) -> int:
+        at, lines = records[0][0], list[str]()
+        for seq, record in records:
+            at = seq
+            lines += hosted.lines_of(record) if isinstance(record, LogChunk) else []
+            if len(lines) >= LINES:
+                break
+        await self._say(key.scope, memo, lines)
+        await self._settled(key, at, memo)
+        self.sent += len(lines)
+        return at
+
+    async def _say(self, job_id: str, memo: Memo, lines: list[str]) -> None:
+        """Append lines. Lines of both lanes pass here, one request at a time: two at once would lose some."""
+        if (job_id, Lane.LOGS) not in self._sure:
+            await self._settle_down(job_id)
+            lines = lines[await self._held(job_id, memo, lines) :]
+        if lines:
+            self._sure.discard((job_id, Lane.LOGS))
+            path = f"{JOB}/logs".format(job_id=job_id)
+            answer = await self._call("POST", path, job_id, {"logs": lines})
+            total = answer.get("total_logs")
+            memo.lines = total if isinstance(total, int) else memo.lines + len(lines)
+        self._sure.add((job_id, Lane.LOGS))
+
+    async def _held(self, job_id: str, memo: Memo, lines: list[str]) -> int:
+        """Return how many of ``lines``, the next to be sent, the platform holds already."""
+        count = max(1, len(lines))
+        path = f"{JOB}/logs".format(job_id=job_id)
+        try:
+            page = await self.client.get(f"{path}?limit={count}&offset=-{count}")
+        except Unclear as error:
+            if NO_LOGS not in str(error):
+                raise
+            page = {}
+        total = int(page.get("total_lines") or 0)
+        tail = [str(line) for line in page.get("logs") or []]
+        grown = total - memo.lines
+        memo.lines = total
+        if total < LOG_CAP:
+            held = grown if 0 < grown <= len(lines) and tail[-grown:] == lines[:grown] else 0
+        else:
+            # Old lines make room for new ones, and the count says nothing: by what stands at the end.
+            most = min(len(tail), len(lines))
+            held = next((n for n in range(most, 0, -1) if tail[-n:] == lines[:n]), 0)
+        return held
+
+    # States
+
+    async def _control(self, key: Key, seq: int, record: Any, memo: Memo) -> int:
+        job_id = key.scope
+        notes: dict[str, str] = {}
+        match record:
+            case Schema():
+                self._names[record.schema_id] = record.names
+                notes[f"schema:{record.schema_id}"] = msgspec.json.encode(record.names).decode()
+            case JobStatus():
+                await self._status_of(job_id, record, memo)
+            case Notice():
+                await self._say(
+                    job_id, memo, [f"[agent] {record.level}: {line}" for line in _lines(record.text)]
+                )
+            case ParametersApplied() if record.refused:
+                await self._say(job_id, memo, [f"[agent] warning: {line}" for line in _lines(record.refused)])
+            case _:
+                await self._tell(job_id, hosted.fields_of(record))
+        await self._settled(key, seq, memo, **notes)
+        self.sent += 1
+        return seq
+
+    async def _status_of(self, job_id: str, record: JobStatus, memo: Memo) -> None:
+        if record.attempt and not memo.started:
+            await self._tell(job_id, {"started_at": hosted.iso(record.time)})
+            memo.started = True
+        if record.state not in set(JobState):
+            return
+        state = JobState(record.state)
+        word = hosted.STATUS[state]
+        if word != memo.status and not self._on_its_way(job_id, word):
+            if state not in TERMINAL and await self._wanted_otherwise(job_id, memo):
+                return
+            await self._patch(job_id, record, word, memo)
+        if fields := hosted.fields_of(record):
+            await self._tell(job_id, fields)
+            memo.error = True
+        elif memo.error and state in (JobState.RUNNING, JobState.COMPLETED):
+            await self._tell(job_id, {"error_message": None})
+            memo.error = False
+
+    def _on_its_way(self, job_id: str, word: str) -> bool:
+        """Tell whether the job is about to be what it was set to there: `running` would undo that."""
+        job = self.uplink.jobs().get(job_id)
+        return word == "running" and job is not None and job.want in (Want.PAUSE, Want.CANCEL)
+
+    async def _patch(self, job_id: str, record: JobStatus, word: str, memo: Memo) -> None:
+        body = {"status": word}
+        if word == "failed":
+            body["error"] = record.failure.sentence if record.failure else record.detail or "Training failed"
+        path = f"{JOB}/status".format(job_id=job_id)
+        late = job_id in self._unsettled
+        try:
+            await self._call("PATCH", path, job_id, body)
+        except Unclear as error:
+            # Its table may know no such status.
+            if word != "paused" or not self._give_up(job_id, error):
+                raise
+            return
+        self._tries.pop(job_id, None)
+        memo.status = word
+        if late and JobState(record.state) in TERMINAL:
+            # An earlier word of ours may have been carried out after this one.
+            await self._settle_down(job_id)
+            if (await self._status(job_id)).get("status") != word:
+                raise Unclear(f"job {job_id}: its end was overtaken by an earlier status")
+
+    async def _tell(self, job_id: str, fields: dict[str, Any]) -> None:
+        """Write what only the jobs route can. A value that its table refuses is told apart from a bad hour by tries."""
+        if not fields:
+            return
+        try:
+            await told(self.client, {"job_id": job_id, **fields})
+        except Unclear as error:
+            if not self._give_up(job_id, error):
+                raise
+        except Said as said:
+            if said.status != 400:
+                raise
+            logger.error("job {}: the platform does not take {}: {}", job_id, ", ".join(fields), said)
+        self._tries.pop(job_id, None)
+
+    def _give_up(self, job_id: str, error: RestError) -> bool:
+        self._tries[job_id] = self._tries.get(job_id, 0) + 1
+        if self._tries[job_id] < TRIES:
+            return False
+        logger.error("job {}: given up after {} tries: {}", job_id, TRIES, error)
+        self._tries.pop(job_id)
+        return True
+
+    # What is done to jobs there
+
+    def seen(self, job: Job) -> bool:
+        return job.state not in TERMINAL
+
+    async def look(self, job: Job) -> None:
+        memo = await self._memo(job.job_id)
+        if await self._wanted_otherwise(job.job_id, memo):
+            return
+        quiet = self.clock() - self._written.setdefault(job.job_id, self.clock())
+        if quiet >= KEEPALIVE and memo.status == "running":
+            path = f"{JOB}/status".format(job_id=job.job_id)
+            await self._call("PATCH", path, job.job_id, {"status": "running"})
+
+    async def _status(self, job_id: str) -> dict[str, Any]:
+        """Read how the job stands there; one that is gone takes no records any more. Raises RestError."""
+        try:
+            return await self.client.get(f"{JOB}/status".format(job_id=job_id))
+        except Said as said:
+            if said.status == 404:
+                logger.warning("job {} is not at the platform any more; it goes on here, unreported", job_id)
+                for key in [key for key in self.uplink.heads() if key.scope == job_id]:
+                    await self.uplink.dropped(key, "the job was deleted there")
+            raise
+
+    async def _wanted_otherwise(self, job_id: str, memo: Memo) -> bool:
+        """Do what the platform's status asks of a job; True where it asks for something."""
+        said = str((await self._status(job_id)).get("status") or "")
+        job = self.uplink.jobs().get(job_id)
+        want = hosted.obey(job, said, memo.status) if job is not None else None
+        if job is None or want is None:
+            return False
+        logger.info("job {}: the platform says {}", job_id, said)
+        memo.status = said
+        memos = self._memos.setdefault(job_id, memo)
+        memos.status = said
+        await self.uplink.note({f"hosted:{job_id}": msgspec.json.encode(memos).decode()})
+        await self.uplink.desired(Desired(job_id, job.observed + 1, want.value))
+        return True
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.replace("\x00", "").splitlines() if line.strip()][:100]

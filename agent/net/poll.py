@@ -1,0 +1,174 @@
+"""Jobs without a socket: the heartbeat poll, the claim, and the token of a claim whose answer was lost."""
+
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+from loguru import logger
+
+from agent.net import hosted
+from agent.net.client import RestClient, Said, Unclear, Unreached
+from agent.net.drain import Store
+from protocol.messages import SUBPROTOCOL_MSGPACK, DatasetRef, Desired, Offer
+from protocol.rest import CLAIM, JOB, JOBS, POLL
+
+SLOWEST = 30.0
+"""Seconds between polls at most: after 60 the platform shows the agent as offline."""
+CLAIMING = "claiming"
+"""Note of the job whose claim is on its way, so that a lost answer costs no job."""
+PASSED_OVER = 300.0
+"""Seconds that a job which is not for this agent is not asked about again."""
+
+
+def ours(answer: Mapping[str, Any]) -> bool:
+    """Tell from the answer to a poll whether the backend takes records as they are on the socket."""
+    return answer.get("records") == SUBPROTOCOL_MSGPACK
+
+
+def is_platform(answer: Mapping[str, Any]) -> bool:
+    """Tell whether this is the answer to a poll at all, and not some page."""
+    return "job" in answer and "poll_interval_seconds" in answer
+
+
+class Poller:
+    """One agent's polls. They go on while jobs run: they are what shows it as online."""
+
+    def __init__(
+        self,
+        client: RestClient,
+        uplink: Store,
+        *,
+        interval: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._client = client
+        self._uplink = uplink
+        self._interval = interval
+        self._clock = clock
+        self._passed: dict[str, float] = {}
+        self.polls = 0
+
+    async def headers(self) -> dict[str, str]:
+        """Return what a poll says of the machine. What a poll leaves out the platform sets to null."""
+        machine = await self._uplink.machine()
+        said = {
+            "X-Agent-Hostname": machine.hostname.encode("ascii", "replace").decode(),
+            "X-Agent-Platform": machine.platform,
+            "X-Agent-Version": machine.version,
+        }
+        return {name: value for name, value in said.items() if value}
+
+    async def ask(self) -> dict[str, Any]:
+        """Poll once. Raises RestError."""
+        self.polls += 1
+        return await self._client.get(POLL, await self.headers())
+
+    async def once(self) -> float:
+        """Poll, take a job if there is one and room for it; return the seconds until the next. Raises RestError."""
+        await self._finish_claim()
+        answer = await self.ask()
+        offered = answer.get("job")
+        if isinstance(offered, dict) and isinstance(offered.get("id"), str):
+            await self._consider(offered, ours(answer))
+        asked = answer.get("poll_interval_seconds")
+        asked = float(asked) if isinstance(asked, int | float) else self._interval
+        return min(max(self._interval, asked), max(SLOWEST, self._interval))
+
+    async def _consider(self, offered: dict[str, Any], hub: bool) -> None:
+        job_id = offered["id"]
+        if self._uplink.room() <= 0 or self._clock() < self._passed.get(job_id, 0.0):
+            return
+        if not hub and await self._in_the_cloud(job_id):
+            self._pass_over(job_id, "it is a job of the cloud: it has begun already")
+            return
+        await self._uplink.note({CLAIMING: msgspec.json.encode({**offered, "hub": hub}).decode()})
+        await self._finish_claim(first=True)
+
+    async def _in_the_cloud(self, job_id: str) -> bool:
+        """Jobs of rented machines wait in the same table, told from ours only by a time at which they began."""
+        stands = await self._client.get(f"{JOB}/status".format(job_id=job_id))
+        return stands.get("started_at") is not None
+
+    def _pass_over(self, job_id: str, why: str) -> None:
+        logger.info("job {} is not claimed: {}", job_id, why)
+        self._passed[job_id] = self._clock() + PASSED_OVER
+
+    async def _finish_claim(self, first: bool = False) -> None:
+        """Claim the noted job, if there is one. A second try means that the answer to the first was lost."""
+        kept = await self._uplink.noted(CLAIMING)
+        if not kept:
+            return
+        offered = msgspec.json.decode(kept)
+        job_id = offered["id"]
+        if job_id not in self._uplink.jobs():
+            try:
+                answer = await self._claim(job_id, first)
+            except Said as said:
+                self._pass_over(job_id, str(said))
+            except Unreached:
+                if first:
+                    # Surely not claimed, and by then somebody else may have it.
+                    await self._uplink.note({CLAIMING: ""})
+                raise
+            else:
+                await self._take({**offered, **(answer.get("job") or {})}, answer)
+        await self._uplink.note({CLAIMING: ""})
+
+    async def _claim(self, job_id: str, first: bool) -> dict[str, Any]:
+        try:
+            answer = await self._client.call(
+                "POST", CLAIM.format(job_id=job_id), headers=await self.headers()
+            )
+        except Said as said:
+            if first or said.body.get("code") != "ALREADY_CLAIMED":
+                raise
+            logger.info("job {}: the answer to its claim was lost; asking for its token", job_id)
+            answer = {}
+        if not answer.get("job_token"):
+            answer = {**answer, "job_token": await recovered(self._client, job_id)}
+        return answer
+
+    async def _take(self, offered: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
+        job_id = offered["id"]
+        config = offered.get("config")
+        dataset = answer.get("dataset")
+        offer = Offer(
+            msgspec.json.encode(config if isinstance(config, dict) else {}).decode(),
+            str(offered.get("dataset_path") or ""),
+            str(answer["job_token"]),
+            msgspec.convert(dataset, DatasetRef) if dataset else None,
+            hosted.name_of(offered)[:200],
+        )
+        version = answer.get("desired_version")
+        want = answer.get("want")
+        wish = Desired(
+            job_id,
+            version if isinstance(version, int) else 1,
+            want if want in ("run", "pause", "stop", "cancel") else "run",
+            offer,
+        )
+        await self._uplink.desired(wish)
+        logger.info("claimed job {}", job_id)
+
+
+async def recovered(client: RestClient, job_id: str) -> str:
+    """Return the token of a job that is ours, by the jobs route; a row without one is given one.
+
+    Only for a job that is known to be there: for any other the route would make a row. Raises RestError.
+    """
+    row = await told(client, {"job_id": job_id})
+    if row.get("job_token"):
+        return str(row["job_token"])
+    fresh = secrets.token_urlsafe(32)
+    await told(client, {"job_id": job_id, "job_token": fresh})
+    return fresh
+
+
+async def told(client: RestClient, fields: dict[str, Any]) -> dict[str, Any]:
+    """Write to the jobs route; its 202 says "accepted" and means that nothing is stored. Raises RestError."""
+    row = await client.call("POST", JOBS, fields)
+    if row.get("persisted") is not True:
+        raise Unclear(f"job {fields['job_id']}: the backend did not store what it was told")
+    return row
