@@ -13,9 +13,16 @@ from agent.trainer import tables
 from agent.trainer.data import Prepared, prepare
 from agent.trainer.errors import TrainerError
 from protocol.failures import FailureReason
-from protocol.jobspec import DataFormat, DataSpec, JobSpec, ModelSpec, TokenizerSpec, TrainingSpec
+from protocol.jobspec import DataFormat, DataSpec, JobSpec, Method, ModelSpec, TokenizerSpec, TrainingSpec
 from protocol.worker import Limits, Workspace
-from tests.trainer.conftest import CHAT_TEMPLATE, PLAIN_TEMPLATE, build_tokenizer, chat_rows, text_rows
+from tests.trainer.conftest import (
+    CHAT_TEMPLATE,
+    PLAIN_TEMPLATE,
+    build_tokenizer,
+    chat_rows,
+    pair_rows,
+    text_rows,
+)
 
 Jsonl = Callable[..., Path]
 
@@ -35,10 +42,12 @@ class Desk:
         training: TrainingSpec = TrainingSpec(),  # noqa: B008 - frozen
         own_template: str | None = None,
         eval_data: str = "",
+        method: Method = Method.SFT,
         **changes: Any,
     ) -> Prepared:
         spec = JobSpec(
             job_id="job",
+            method=method,
             model=ModelSpec(name="tiny"),
             tokenizer=TokenizerSpec(chat_template=own_template),
             data=DataSpec(path=str(path), **changes),
@@ -296,3 +305,68 @@ def test_a_full_disk_is_said_to_be_one(desk: Desk, jsonl: Jsonl, monkeypatch: py
     error = desk.refusal(jsonl(text_rows(2)))
     assert error.reason is FailureReason.DISK_FULL
     assert "No space is left on the disk of" in str(error)
+
+
+def test_preference_pairs_come_with_their_facts(desk: Desk, jsonl: Jsonl) -> None:
+    rows: list[dict[str, Any]] = pair_rows(12)
+    prepared = desk.prepare(jsonl(rows), method=Method.DPO)
+    assert prepared.format is DataFormat.PREFERENCE
+    assert prepared.train[0] == {
+        "prompt": [{"role": "user", "content": rows[0]["prompt"]}],
+        "chosen": [{"role": "assistant", "content": rows[0]["chosen"]}],
+        "rejected": [{"role": "assistant", "content": rows[0]["rejected"]}],
+    }
+    assert (prepared.rows, prepared.chat, prepared.assistant_only) == (12, True, False)
+    assert prepared.facts["loss_on"] == "the chosen and the rejected answer"
+    plain = desk.prepare(jsonl(rows), method=Method.DPO, template=None)
+    assert plain.train[3] == rows[3]
+    assert not plain.chat
+
+
+def test_pairs_with_tools_keep_them(desk: Desk, jsonl: Jsonl) -> None:
+    rows: list[dict[str, Any]] = pair_rows(3)
+    rows[1]["tools"] = [{"type": "function", "function": {"name": "f"}}]
+    prepared = desk.prepare(jsonl(rows), method=Method.DPO)
+    assert json.loads(prepared.train[1]["tools"]) == rows[1]["tools"]
+    assert prepared.train[1]["rejected"] == [{"role": "assistant", "content": rows[1]["rejected"]}]
+
+
+def test_a_bad_pair_is_named(desk: Desk, jsonl: Jsonl) -> None:
+    rows: list[dict[str, Any]] = pair_rows(20)
+    rows[6]["rejected"] = rows[6]["chosen"]
+    error = desk.refusal(jsonl(rows), method=Method.DPO)
+    assert error.rows == [7]
+    assert "row 7: chosen and rejected are the same" in str(error)
+    strict = (
+        "{% if messages[-1].content == 'no' %}{{ raise_exception('no such answer') }}{% endif %}"
+        + CHAT_TEMPLATE
+    )
+    rows = [{"prompt": "q", "chosen": "yes", "rejected": "no"}]
+    assert "row 1: the chat template cannot render" in str(
+        desk.refusal(jsonl(rows), method=Method.DPO, template=strict)
+    )
+
+
+def test_pairs_that_become_text_do_not_mix_with_those_that_become_turns(desk: Desk, jsonl: Jsonl) -> None:
+    rows = [pair_rows(1)[0], {"chosen": "The sky is blue", "rejected": "The sky is black"}]
+    sentence = str(desk.refusal(jsonl(rows), method=Method.DPO))
+    assert (
+        "row 2: it becomes prompt (text) and chosen (text) and rejected (text), but the rows before"
+        in sentence
+    )
+
+
+def test_method_and_format_are_held_together(desk: Desk, jsonl: Jsonl) -> None:
+    path = jsonl(pair_rows(3))
+    error = desk.refusal(path, method=Method.DPO, format=DataFormat.ALPACA)
+    assert error.reason is FailureReason.SPEC
+    assert "the method dpo trains on preference pairs, not on alpaca" in str(error)
+    error = desk.refusal(path, format=DataFormat.PREFERENCE)
+    assert "preference pairs are for the method dpo, and the method is sft" in str(error)
+
+
+def test_pairs_that_will_be_cut_are_counted_by_their_longer_side(desk: Desk, jsonl: Jsonl) -> None:
+    rows = [{"prompt": "q", "chosen": "yes", "rejected": "red green blue " * 60}, *pair_rows(3)]
+    desk.prepare(jsonl(rows), method=Method.DPO, training=TrainingSpec(max_length=64))
+    ((_, told),) = desk.notes
+    assert told == "1 of 4 rows are longer than max_length=64 tokens and are cut there. Raise max_length."
