@@ -12,6 +12,7 @@ from agent.trainer.checkpoint import Checkpoints, Found
 from agent.trainer.control import ControlledSFTTrainer
 from agent.trainer.disk import NoRoom
 from agent.trainer.errors import TrainerError
+from agent.trainer.forecast import Forecast
 from agent.trainer.inbox import Inbox, Leaving
 from agent.trainer.live import Applied, to_come
 from agent.trainer.model import choose_precision, load_model, load_tokenizer
@@ -119,6 +120,7 @@ class _Run:
         inbox.leave_if_told()
         self._say(Phase.LOAD, f"Loading the model {Path(where).name}.")
         precision = choose_precision(spec, start.limits, self._note)
+        forecast = Forecast(start, inbox.line.say)
         loaded = load_model(spec, start.workspace, start.limits, precision, tokenizer)
         use_cache = bool(getattr(loaded.model.config, "use_cache", True))
         marks = fingerprints.marks(
@@ -154,6 +156,7 @@ class _Run:
             limits=start.limits,
             load_best_at_end=spec.training.load_best_at_end,
             lineage=restore.lineage(found, spec),
+            fresh_optimizer=accepted is not None and accepted.fresh_optimizer,
             before=lambda trainer: self._sample_before(trainer, tokenizer, chat),
         )
         try:
@@ -176,6 +179,7 @@ class _Run:
             )
             trainer.eval_dataset = None
         self._count_sizes(job, trainer, prepared)
+        forecast.tell(trainer, precision)
         return _Ground(tokenizer, prepared, trainer, use_cache)
 
     def _no_rows(self, prepared: Any) -> TrainerError:
