@@ -23,7 +23,6 @@ def apply(spec: JobSpec) -> dict[str, str]:
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    # Which attention is the fastest is else decided anew for each shape; of these two the backward pass is ordered.
-    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    # Of the attention kernels the others keep one order now (the memory-efficient one no longer splits its keys).
     torch.backends.cuda.enable_cudnn_sdp(False)
     return {"deterministic": "yes: ordered kernels only" if torch.cuda.is_available() else "yes, as any CPU"}

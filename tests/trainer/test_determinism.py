@@ -23,7 +23,7 @@ print(torch.backends.cuda.mem_efficient_sdp_enabled(), torch.backends.cuda.cudnn
     ("wanted", "expected"),
     [
         (False, ["{}", "False None", "False False", "True True"]),
-        (True, ["{'deterministic': 'yes, as any CPU'}", "False :4096:8", "True True", "False False"]),
+        (True, ["{'deterministic': 'yes, as any CPU'}", "False :4096:8", "True True", "True False"]),
     ],
 )
 def test_ordered_kernels_are_chosen_before_cuda_starts(wanted: bool, expected: list[str]) -> None:
