@@ -79,6 +79,18 @@ def static_files(model: Any, tokenizer: Any) -> dict[str, bytes]:
         }
 
 
+def put_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Put an optimizer's state back, in the precision that it had."""
+    optimizer.load_state_dict(state)
+    # torch turns it into that of the weights, which Adafactor's under bfloat16 weights is not.
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, kept in state["state"].items():
+        here = optimizer.state[ordered[number]]
+        for name, value in kept.items():
+            if isinstance(value, torch.Tensor) and here[name].dtype is not value.dtype:
+                here[name] = value.to(here[name].device)
+
+
 def random_states() -> dict[str, Any]:
     """Return every random state that training draws from."""
     states = {
@@ -116,7 +128,9 @@ def has(folder: Path, stem: str) -> bool:
 def take(folder: Path, stem: str) -> Any:
     """Return the value that `add` was given."""
     tree = json.loads((folder / f"{stem}{_JSON}").read_text(encoding="utf-8"))
-    return tensorfile.join(tree, tensorfile.read(folder, stem) if tensorfile.there(folder, stem) else {})
+    tensors = tensorfile.read(folder, stem) if tensorfile.there(folder, stem) else {}
+    # Copies: what is read is the file itself, mapped into memory, and training must outlive the file.
+    return tensorfile.join(tree, {name: tensor.clone() for name, tensor in tensors.items()})
 
 
 def _subfolder(adapter: str) -> str:

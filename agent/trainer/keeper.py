@@ -11,7 +11,7 @@ from agent.trainer.checkpoint import Checkpoints, FileRecord, Found, Manifest
 from agent.trainer.disk import MB, NoRoom, check_writable, free_bytes, has_room, need_room, refusals_told
 from agent.trainer.errors import TrainerError
 from agent.trainer.inbox import Speaker
-from agent.trainer.snapshot import Content, HostBuffer, Writer, fits_host_memory
+from agent.trainer.snapshot import Content, Copying, HostBuffer, Writer, fits_host_memory, ready_now
 from protocol.worker import Limits, Note, Saved
 
 logger = logging.getLogger("agent.trainer")
@@ -57,6 +57,7 @@ class Keeper:
         self._made: dict[str, bytes] | None = None
         self._writer = Writer()
         self._buffer = HostBuffer()
+        self._copying: Copying | None = None
         self._said_small_memory = False
         self.check = self._writer.check
         self.wait = self._writer.wait
@@ -66,14 +67,32 @@ class Keeper:
         return f"Keeper({self.store!r}, {self._writer!r}, {self._buffer!r})"
 
     def save(self, save: Save) -> None:
-        """Write a checkpoint; where training goes on after it, from a copy in the background."""
+        """Write a checkpoint; where training goes on after it, in the background.
+
+        `before_step` must then be called before the next step of the optimizer.
+        """
         self.wait()
-        if save.periodic and self._limits.background_saves and self._has_memory_for(save.content):
-            held = dataclasses.replace(save, content=self._buffer.hold(save.content))
-            stall = time.monotonic() - save.began
-            self._writer.start(lambda: self._write(held, stall))
-        else:
+        if not (save.periodic and self._limits.background_saves and self._has_memory_for(save.content)):
             self._write(save, None)
+            return
+        copying = Copying(time.monotonic() - save.began)
+        ready = ready_now()
+
+        def work() -> None:
+            try:
+                held = dataclasses.replace(save, content=self._buffer.hold(save.content, ready))
+            finally:
+                copying.done()
+            self._write(held, copying)
+
+        self._copying = copying
+        self._writer.start(work)
+
+    def before_step(self) -> None:
+        """Wait until the copy of what the optimizer is about to change is made."""
+        if self._copying is not None:
+            self._copying.wait()
+            self._copying = None
 
     def check_disk(self, size: int, model_size: int, limit: int, in_use: set[Path]) -> None:
         """Find out before the first step what would end the job at its first checkpoint, of about ``size`` bytes."""
@@ -108,8 +127,8 @@ class Keeper:
 
     # In whichever thread writes
 
-    def _write(self, save: Save, stall: float | None) -> None:
-        """Write a checkpoint, delete those beyond the limit, and say Saved. ``stall`` None: training waits for it."""
+    def _write(self, save: Save, copying: Copying | None) -> None:
+        """Write a checkpoint, delete those beyond the limit, and say Saved; without a copy, training waits for it."""
         store = self.store
         store.in_use = save.keep
         try:
@@ -127,6 +146,7 @@ class Keeper:
         except OSError as error:
             self._note("warning", f"An old checkpoint in {store.folder} cannot be deleted: {error.strerror}.")
         seconds = time.monotonic() - save.began
+        stall = seconds if copying is None else copying.stall
         manifest = save.manifest
         for reason, command in save.reasons:
             self._line.say(
@@ -141,7 +161,7 @@ class Keeper:
                     train_loss=manifest.train_loss,
                     is_best=save.is_best,
                     command_id=command,
-                    stall=seconds if stall is None else stall,
+                    stall=stall,
                 )
             )
         logger.info(

@@ -62,12 +62,15 @@ class Job:
     limits: Limits = field(default_factory=Limits)
     load_best_at_end: bool = False
     lineage: list[Ancestor] = field(default_factory=list)
+    fresh_optimizer: bool = False
+    """It is another one than the checkpoint's, whose state it cannot read."""
 
 
 class Saving(Curve):
     """What is kept of a training, and how it is put back."""
 
     _keeper: Keeper
+    _held_optimizer: Any = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; what is still being written at the end is finished first, if nobody waits for a cancel."""
@@ -105,7 +108,8 @@ class Saving(Curve):
         if checkpoint is None or not contents.has(Path(checkpoint), contents.OPTIMIZER):
             super()._load_optimizer_and_scheduler(checkpoint)  # of format 1
             return
-        self.optimizer.load_state_dict(contents.take(Path(checkpoint), contents.OPTIMIZER))
+        if not self.job.fresh_optimizer:
+            contents.put_optimizer(self.optimizer, contents.take(Path(checkpoint), contents.OPTIMIZER))
         self.lr_scheduler.load_state_dict(contents.take(Path(checkpoint), contents.SCHEDULE)["scheduler"])
 
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -161,6 +165,7 @@ class Saving(Curve):
         job, progress, step = self.job, self.job.progress, self.state.global_step
         began = time.monotonic()
         self._keeper.wait()
+        self._hold_optimizer()
         self._store_counters()
         manifest = msgspec.structs.replace(
             make_manifest(job.job_id, step, float(self.state.epoch or 0.0), job.attempt, reasons[0][0]),
@@ -185,6 +190,13 @@ class Saving(Curve):
                 began=began,
             )
         )
+
+    def _hold_optimizer(self) -> None:
+        """Let the optimizer's steps wait for a copy that is being made of what they change."""
+        inner: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        if inner is not self._held_optimizer:
+            self._held_optimizer = inner
+            inner.register_step_pre_hook(lambda *_: self._keeper.before_step())
 
     def _content(self) -> Content:
         """Return everything that the next step depends on. The tensors are training's own, not copies."""

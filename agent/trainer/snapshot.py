@@ -1,12 +1,18 @@
-"""What a checkpoint holds, apart from where: taken into host memory in one go, written while training goes on."""
+"""What a checkpoint holds, apart from where: copied into host memory and written while training goes on.
+
+Weights and optimizer state change in the optimizer's step and nowhere else. So the copy is made while the next
+step runs forward and backward, and only the optimizer waits for it: see `Copying`.
+"""
 
 import contextlib
 import logging
 import math
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -74,12 +80,19 @@ class HostBuffer:
         needed = _room(content)
         return 0 if needed <= self._memory.numel() else needed
 
-    def hold(self, content: Content) -> Content:
-        """Return ``content`` with copies of its tensors, which stay as they are until the next call."""
+    def hold(self, content: Content, ready: Any = None) -> Content:
+        """Return ``content`` with copies of its tensors, which stay as they are until the next call.
+
+        ``ready``: the point on the device's stream at which they are what they should be; see `ready_now`.
+        """
         needed = _room(content)
         if needed > self._memory.numel():
             self._memory = torch.empty(0, dtype=torch.uint8)  # given back before the larger one is asked for
-            self._memory = torch.empty(needed, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            self._memory = _fresh(needed)
+        with _beside(ready):
+            return Content(self._copies(content), content.files)
+
+    def _copies(self, content: Content) -> dict[str, dict[str, torch.Tensor]]:
         held: dict[str, dict[str, torch.Tensor]] = {}
         end = 0
         for stem, tensors in content.tensors.items():
@@ -90,9 +103,53 @@ class HostBuffer:
                 view.copy_(tensor, non_blocking=True)
                 held[stem][name] = view
                 end += _aligned(size)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return Content(held, content.files)
+        return held
+
+
+def _fresh(size: int) -> torch.Tensor:
+    if torch.cuda.is_available():
+        # The system may lend less memory that cannot be paged out than it has; a copy to other memory is slower.
+        with contextlib.suppress(RuntimeError):
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def ready_now() -> Any:
+    """Return the present point on the device's stream, behind everything that was asked of it."""
+    return torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+
+
+@contextlib.contextmanager
+def _beside(ready: Any) -> Iterator[None]:
+    """Copy on a stream of its own, behind ``ready`` and beside what training asks for meanwhile; wait for it."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    stream = torch.cuda.Stream()
+    if ready is not None:
+        stream.wait_event(ready)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
+class Copying:
+    """A copy that is being made; the optimizer must not step before it is done."""
+
+    def __init__(self, gathered: float) -> None:
+        self.stall = gathered
+        """Seconds that training stood still for it."""
+        self._done = threading.Event()
+
+    def done(self) -> None:
+        self._done.set()
+
+    def wait(self) -> None:
+        """Wait for the copy, and count how long."""
+        if not self._done.is_set():
+            began = time.monotonic()
+            self._done.wait()
+            self.stall += time.monotonic() - began
 
 
 def fits_host_memory(needed: int) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.bench import first_step, latency, reporting, start, throughput
+from tests.bench import first_step, latency, reporting, saving, start, throughput
 from tests.bench.figures import Figure
 
 BENCHMARKS: dict[str, Callable[[Path], dict[str, Figure]]] = {
@@ -15,5 +15,6 @@ BENCHMARKS: dict[str, Callable[[Path], dict[str, Figure]]] = {
     "first_step": first_step.first_step,
     "reporting": reporting.reporting,
     "ingest": latency.ingest,
+    "save": saving.save,
 }
 """What can be asked for by name; each is given an empty folder."""
