@@ -1,4 +1,4 @@
-"""`python -m tests.chaos [--kills N] [--stock] [--seed S] [--json FILE]`: harms runs and prints what became of them.
+"""`python -m tests.chaos [--kills N] [--stock] [--seed S] [--minutes M] [--json FILE]`: harms runs and prints what became of them.
 
 Each run is harmed once. It has resumed by itself if it came to its end with nobody's help, and is the same if its
 final weights are those of a run that was never touched. With --stock the same is done to a script as TRL's
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tests.chaos.harm import Kind
 
-DISK_MB = 8
+DISK_MB = 48
 APART = "--in-a-namespace"
 
 
@@ -36,6 +36,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--stock", action="store_true", help="do the same to a stock script")
     parser.add_argument("--seed", default="1", metavar="S")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--minutes", type=float, default=1e6, metavar="M", help="harm no more runs after so long"
+    )
     parser.add_argument("--only", default="", metavar="WORDS", help="kinds whose name holds these words")
     parser.add_argument(APART, action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -78,7 +81,11 @@ def _all(folder: Path, disk: Path | None, args: argparse.Namespace) -> list[dict
             file=sys.stderr,
         )
     told: list[dict[str, object]] = []
+    end = time.monotonic() + 60 * args.minutes
     for number, kind in enumerate(_picked(kinds, args.kills, args.seed)):
+        if time.monotonic() > end:
+            print(f"time is up after {number} of {args.kills}", file=sys.stderr)
+            break
         job = JOBS[number % len(JOBS)]
         for name in ("ours", "stock") if args.stock else ("ours",):
             began = time.monotonic()

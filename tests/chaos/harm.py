@@ -77,7 +77,7 @@ class Plan:
     @property
     def patience(self) -> float:
         """Seconds between two looks: short where a save of milliseconds is to be met."""
-        return 0.0005 if self.kind.in_save or self._after is not None else 0.02
+        return 0.001 if self.kind.in_save or self._after is not None else 0.02
 
     def heard(self, event: AnyEvent, now: float) -> None:
         """Take note of how far the run is."""

@@ -1,6 +1,7 @@
 """The jobs that are harmed: ours through the trainer's own entry, and the same as a script from TRL's documentation."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ class Ours:
 
     def saving(self, checkpoints: Path) -> bool:
         """Tell whether a checkpoint is being written at this moment."""
-        return any(path.name.startswith(".staging-") for path in _entries(checkpoints))
+        return any(name.startswith(".staging-") for name in _names(checkpoints))
 
     def _start(self, ground: Ground, job: str, folder: Path, checkpoints: Path, attempt: int) -> Start:
         lora = job == "lora"
@@ -117,8 +118,8 @@ class Stock:
     def saving(self, checkpoints: Path) -> bool:
         """Tell whether a checkpoint is being written: its last file is missing."""
         return any(
-            path.name.startswith(self.prefix) and not (path / "trainer_state.json").exists()
-            for path in _entries(checkpoints)
+            name.startswith(self.prefix) and not (checkpoints / name / "trainer_state.json").exists()
+            for name in _names(checkpoints)
         )
 
 
@@ -198,8 +199,8 @@ def _weights_hash(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _entries(folder: Path) -> list[Path]:
+def _names(folder: Path) -> list[str]:
     try:
-        return list(folder.iterdir())
+        return os.listdir(folder)  # noqa: PTH208  asked a thousand times a second
     except FileNotFoundError:
         return []
