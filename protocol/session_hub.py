@@ -39,6 +39,9 @@ from protocol.session_base import (
     Opened,
 )
 
+LAST = 2**63 - 1
+"""The largest number of a record and of an epoch: what a database calls a big integer."""
+
 
 class HubSession(Base):
     """The backend's end of one connection."""
@@ -86,6 +89,9 @@ class HubSession(Base):
         if self.hello is not None:
             self._close(Close.MALFORMED, "a second HELLO")
             return []
+        if any(head.epoch > LAST for head in hello.streams):
+            self._close(Close.MALFORMED, "an epoch has at most 63 bits")
+            return []
         self.hello = hello
         for head in hello.streams:
             self._keys[head.sid] = Key(head.epoch, head.scope, head.lane)
@@ -93,6 +99,9 @@ class HubSession(Base):
 
     def _opened(self, head: StreamHead) -> list[HubNews]:
         key = Key(head.epoch, head.scope, head.lane)
+        if head.epoch > LAST:
+            self._close(Close.MALFORMED, "an epoch has at most 63 bits")
+            return []
         if head.sid in self._keys or key in self._received:
             self._close(Close.MALFORMED, f"stream {head.sid} was opened twice")
             return []
@@ -152,7 +161,7 @@ class HubSession(Base):
 
     def _tomb(self, tomb: Tomb) -> list[HubNews]:
         key = self._keys.get(tomb.sid)
-        if key is None or tomb.hi < tomb.lo:
+        if key is None or not tomb.lo <= tomb.hi <= LAST:
             self._close(Close.MALFORMED, f"a tombstone for {tomb.lo} to {tomb.hi} of stream {tomb.sid}")
             return []
         have = self._received.get(key, -1)

@@ -29,6 +29,8 @@ UNCOMMITTED = 16
 """Frames of one agent that may wait for their commit; more are not read, and TCP holds the sender."""
 CLOSE_WITHIN = 5.0
 DRAIN_RETRY_S = 1.0
+TOO_LARGE = "a number is too large to store"
+"""JSON knows no largest number; a database does."""
 
 
 async def connect(socket: WebSocket, hub: Hub) -> None:
@@ -114,8 +116,12 @@ class Connection:
                 log.warning("%s sent a frame that cannot be read: %s", self.agent_id or "an agent", error)
                 self.close(Close.MALFORMED, str(error))
                 break
-            for news in self._session.receive(frame, time.monotonic()):
-                await self._act(news)
+            try:
+                for news in self._session.receive(frame, time.monotonic()):
+                    await self._act(news)
+            except OverflowError as error:
+                self.close(Close.MALFORMED, f"{TOO_LARGE}: {error}")
+                break
             self._wake.set()
         # The closing frame is the writer's; it ends the group.
         await anyio.sleep(CLOSE_WITHIN)
@@ -165,9 +171,6 @@ class Connection:
         if self._named is not None and self._named != hello.agent_id:
             self.close(Close.MALFORMED, f"{HEADER_AGENT} says {self._named}, HELLO says {hello.agent_id}")
             return
-        if any(head.epoch >= 2**63 for head in hello.streams):
-            self.close(Close.MALFORMED, "an epoch has at most 63 bits")
-            return
         current = self._hub.lines.get(hello.agent_id)
         now = self._hub.clock()
         keys = [Key(head.epoch, head.scope, head.lane) for head in hello.streams]
@@ -216,6 +219,9 @@ class Connection:
                 except ingest.Gap as gap:
                     self._pending.popleft()
                     self.close(Close.GAP, f"records after {gap.ack} are missing")
+                except OverflowError as error:
+                    self._pending.popleft()
+                    self.close(Close.MALFORMED, f"{TOO_LARGE}: {error}")
                 except StoreFailed as failed:
                     self._pending.popleft()
                     log.error("%s", failed)
@@ -266,7 +272,7 @@ class Connection:
             _, future = self._pending.popleft()
             try:
                 await self._hub.stored(await future)
-            except (StreamRefused, ingest.Gap, StoreFailed) as error:
+            except (StreamRefused, ingest.Gap, StoreFailed, OverflowError) as error:
                 log.info("after %s had left: %s", self.agent_id, error)
 
 

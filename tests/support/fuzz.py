@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from protocol.codec import BadMessage, Codec
 from protocol.messages import SUBPROTOCOL_JSON, AgentMessage, HubMessage
 from tests.protocol.golden import FRAMES, RECORDS
 
@@ -61,6 +62,43 @@ def packed(tree: Any, as_json: bool) -> bytes:
     if not as_json:
         return msgspec.msgpack.encode(tree)
     return json.dumps(tree, default=repr, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def hub_says(rng: random.Random) -> Any:
+    """A frame that fits the conversation, or nearly."""
+    sid, seq = rng.randrange(0, 9), rng.choice((0, 1, 2, 5, 9, 40))
+    match rng.randrange(5):
+        case 0 | 1:
+            return [5, [[sid, seq]] * rng.randrange(3)]
+        case 2:
+            return [
+                2,
+                "s",
+                [[sid, seq]],
+                rng.choice((15.0, 1e-9, 3600.0)),
+                rng.choice((4096, 2**62)),
+                seq,
+                4096,
+            ]
+        case 3:
+            return [13, sid, "gone"]
+        case _:
+            return [10, seq]
+
+
+def agent_says(rng: random.Random) -> Any:
+    """A frame that fits the conversation, or nearly."""
+    sid, lo = rng.randrange(1, 9), rng.choice((1, 1, 2, 3, 5, 8, 13))
+    records = [rng.choice((["odd"], [8, 1.5, "info", "x"], 7, None))] * rng.randrange(4)
+    match rng.randrange(6):
+        case 0 | 1 | 2:
+            return [3, sid, lo, records]
+        case 3:
+            return [4, sid, lo, lo + rng.randrange(-1, 4), "overflow", 1]
+        case 4:
+            return [14, [sid, 7, rng.choice(("", "job", "x")), rng.randrange(3), 1, 5]]
+        case _:
+            return [10, lo]
 
 
 class Fuzz:
@@ -130,3 +168,15 @@ class Fuzz:
             return rng.choice((b"[", b'[6,"j",', b'{"a":', b"[99,[")) * (depth // 3)
         head = rng.choice((b"", b"\x92\x63", b"\x95\x06\xa1j"))
         return head + rng.choice((b"\x91", b"\x81\xa1a", *LENGTHS)) * (depth // 3)
+
+    def sound(self, codec: Codec, by_hub: bool) -> bytes:
+        """Return an input that the decoder takes: what is wrong with it is for the rules behind it."""
+        says, trees = (hub_says, BY_HUB) if by_hub else (agent_says, BY_AGENT)
+        while True:
+            tree = says(self.rng) if self.rng.random() < 0.6 else tree_of(self.rng.choice(trees))
+            data = packed(self.tree(tree), self.as_json)
+            try:
+                _ = codec.decode_hub(data) if by_hub else codec.decode_agent(data)
+            except BadMessage:
+                continue
+            return data
