@@ -68,6 +68,7 @@ SOFT_LORA = frozenset(("alpha", "dropout"))
 COMPUTES = frozenset(
     ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "bitsandbytes", "agent")
 )
+FRESH = "it begins with no state of its own, as at the start of a run"
 HOW = (
     "Put the old back, or say that the changes are meant: resume with accept_changes "
     "(`training-agent retry JOB --accept-changes`). To keep this run as it is, branch from the checkpoint instead."
@@ -184,7 +185,7 @@ def _of_training(before: TrainingSpec, now: TrainingSpec) -> list[Difference]:
             weight = Weight.NOTED
         elif name == "optim":
             if not any({old, new} <= same for same in SAME_STATE):
-                weight = Weight.NEVER
+                then = FRESH
         elif name == "learning_rate":
             then = "it is put in force at the next step, and the schedule keeps its shape"
         elif name in SHAPE:
@@ -232,6 +233,8 @@ class Accepted:
     names: set[str] = field(default_factory=set)
     learning_rate: float | None = None
     """The peak to set; None: nothing of the learning rate has changed."""
+    fresh_optimizer: bool = False
+    """The checkpoint's is another one, whose state the new one cannot read."""
     note: Note = lambda level, text: None
 
     @property
@@ -267,7 +270,8 @@ def check(
     _place(progress, {one.name for one in told}, names, spec)
     if branch:
         _begin_branch(progress)
-    return Accepted(spec.training, names, _learning_rate(progress, spec, names), note)
+    fresh = any(one.then == FRESH for one in told)
+    return Accepted(spec.training, names, _learning_rate(progress, spec, names), fresh, note)
 
 
 def _branches(found: Found, spec: JobSpec) -> bool:
@@ -308,7 +312,7 @@ def _begin_branch(progress: Progress) -> None:
 def _learning_rate(progress: Progress, spec: JobSpec, names: set[str]) -> float | None:
     if "learning_rate" in names:
         return spec.training.learning_rate
-    if names & SHAPE:
+    if names & (SHAPE | {"optim"}):
         return progress.parameters.learning_rate or spec.training.learning_rate
     return None
 
@@ -342,13 +346,14 @@ class PutInForce(TrainerCallback):  # type: ignore[misc]
                 # The second group holds what is never decayed: biases and norms.
                 group["weight_decay"] = training.weight_decay
         if accepted.learning_rate is not None:
-            before = groups[0]["lr"]
+            before = kwargs["lr_scheduler"]._last_lr[0]
             self._set_rate(kwargs["lr_scheduler"], groups, accepted.learning_rate)
             now = groups[0]["lr"]
-            accepted.note(
-                "info",
-                f"The learning rate goes from {before:.4g} to {now:.4g} after step {state.global_step}.",
-            )
+            if now != before:
+                told = (
+                    f"The learning rate goes from {before:.4g} to {now:.4g} after step {state.global_step}."
+                )
+                accepted.note("info", told)
         return control
 
     def _set_rate(self, scheduler: Any, groups: list[dict[str, Any]], peak: float) -> None:

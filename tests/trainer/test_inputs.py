@@ -120,15 +120,12 @@ def test_no_changed_setting_goes_by_in_silence(name: str) -> None:
     old = getattr(SPEC.training, name)
     assert one.what == f"training.{name} was {old} and is {OTHERS[name]}"
     quiet = name in inputs.NOT_THE_STEPS
-    assert one.weight is (Weight.NOTED if quiet else Weight.NEVER if name == "optim" else Weight.WORD)
+    assert one.weight is (Weight.NOTED if quiet else Weight.WORD)
     if quiet:
         assert check(spec)[0] == [f"warning: {one.what} since the checkpoint step-4."]
         return
     assert one.what in refused(lambda: check(spec))
-    if name == "optim":
-        assert one.what in refused(lambda: check(spec, accept=True))
-    else:
-        assert check(spec, accept=True)[0] == [f"warning: {one.what}: accepted; {one.then}."]
+    assert check(spec, accept=True)[0] == [f"warning: {one.what}: accepted; {one.then}."]
 
 
 @pytest.mark.parametrize(
@@ -311,6 +308,17 @@ def test_a_longer_run_goes_on_as_if_it_had_always_been_so_long(jobs: Jobs) -> No
     rates = [line.points[step]["learning_rate"] for step in (5, 6, 16)]
     assert rates == pytest.approx([1e-2 * 12 / 16, 1e-2 * 11 / 16, 1e-2 / 16])
     assert "The learning rate goes from 0.005 to 0.0075 after step 4." in [n.text for n in line.of(Note)]
+
+
+def test_another_optimizer_begins_without_a_state(jobs: Jobs) -> None:
+    jobs.run("job", {3: [Pause()]})
+    line = jobs.run("job", {5: [Pause()]}, attempt=2, training={"optim": "sgd"}, accept_changes=True)
+    assert line.points[5]["learning_rate"] == pytest.approx(1e-2 * 4 / 8)
+    (note,) = [note.text for note in line.of(Note) if "optim" in note.text]
+    assert note.endswith("accepted; it begins with no state of its own, as at the start of a run.")
+    # The checkpoint made since is its own, and is gone on from as ever.
+    later = jobs.run("job", attempt=3, training={"optim": "sgd"})
+    assert (later.of(Ready)[0].start_step, later.of(Note)) == (6, [])
 
 
 def test_other_rows_are_refused_and_then_trained_on(jobs: Jobs, tmp_path: Path) -> None:
