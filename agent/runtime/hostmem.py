@@ -87,8 +87,8 @@ def _folders(proc: Path, cgroups: Path) -> list[Path]:
     found = []
     for root, path in places:
         folder = root / path.strip("/")
-        # In a container the path may be the host's, while the mount begins at the container's own.
-        folder = folder if folder.is_dir() else root
+        # In a container the path may be the host's, while the mount begins at the container's own: then there is
+        # nothing but the root.
         while True:
             found.append(folder)
             if folder == root or root not in folder.parents:

@@ -45,7 +45,7 @@ def test_points_that_come_every_so_many_steps_are_waited_for() -> None:
 def test_quick_steps_are_given_the_shortest_limit_and_more_until_a_save_was_seen() -> None:
     pace, now = running(0.01)
     assert pace.limit() > 30
-    pace.heard(msgspec.structs.replace(_saved(), seconds=5.0, stall=0.5), now)
+    pace.heard(msgspec.structs.replace(_saved(), seconds=50.0, stall=0.5), now)
     assert pace.limit() == 30
     pace.heard(msgspec.structs.replace(_saved(), seconds=40.0, stall=0.0), now)
     assert pace.limit() > SLACK * 40, "one that training stood still for"
