@@ -15,9 +15,11 @@ import msgspec
 from loguru import logger
 
 from agent.config import Settings
-from agent.core.ports import JobView, PointView
+from agent.core.ports import JobView, PointView, Uplink
 from agent.doors import view
 from agent.errors import JobFailed, KeyRefused, NotPossible, Refused, UnknownJob
+from agent.net.choice import Transport
+from agent.net.client import RestClient
 from agent.net.websocket import Link
 from agent.program import USER_AGENT, Program
 from agent.runtime.lock import HomeLock
@@ -123,6 +125,7 @@ async def _run_link(program: Program, agent_id: str, install_id: str, boot: int,
         machine=program.watch.machine,
         send_log=program.watch.send_log_from,
         keep_secret=program.redactor.add,
+        at_once=settings.max_concurrent_jobs,
     )
 
     def note(state: str, detail: str) -> None:
@@ -130,19 +133,34 @@ async def _run_link(program: Program, agent_id: str, install_id: str, boot: int,
         if state != "connecting" or program.link is None or program.link.dials > 0:
             program.watch.dialled.set()
 
-    program.link = Link(
+    def key() -> str:
+        return settings.api_key.reveal() if settings.api_key else ""
+
+    def make_link(records: Uplink, on_state: Callable[[str, str], None]) -> Link:
+        program.link = Link(
+            records,
+            backend_url=settings.backend_url,
+            key=key,
+            agent_id=agent_id,
+            heartbeat=settings.heartbeat_interval_seconds,
+            on_state=on_state,
+            user_agent=USER_AGENT,
+            on_sleep=program.explain_sleep,
+        )
+        return program.link
+
+    transport = program.transport = Transport(
         uplink,
-        backend_url=settings.backend_url,
-        key=lambda: settings.api_key.reveal() if settings.api_key else "",
-        agent_id=agent_id,
-        heartbeat=settings.heartbeat_interval_seconds,
+        RestClient(settings.backend_url, key=key, agent_id=agent_id, user_agent=USER_AGENT),
+        setting=settings.backend_transport,
+        poll_interval=settings.poll_interval_seconds,
+        make_link=make_link,
         on_state=note,
-        user_agent=USER_AGENT,
-        on_sleep=program.explain_sleep,
     )
-    program.desk.ledger.on_append = program.link.wake
+    uplink.before_hello = transport.socket_turn
+    program.desk.ledger.on_append = transport.wake
     try:
-        await program.link.run()
+        await transport.run()
     except Refused as refused:
         logger.error("{}", refused)
         program.exit_code = refused.exit_code
@@ -167,8 +185,10 @@ async def _signals(program: Program, ended: anyio.Event) -> None:
         async with anyio.create_task_group() as group:
 
             async def leave(name: str) -> None:
-                if program.link is not None:
-                    program.link.bye(f"The agent is being stopped ({name}); its jobs are saved and wait.")
+                if program.transport is not None:
+                    program.transport.bye(
+                        f"The agent is being stopped ({name}); its jobs are saved and wait."
+                    )
                 await program.stop(name)
                 await _flush(program)
                 ended.set()

@@ -39,6 +39,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The agent's key (wak_...), from the backend. Stays in the agent's process; never given to a job."""
     api_key_file: Path | None = None
     """A file that holds the key, in place of API_KEY (a container's secret, a 0600 file)."""
+    backend_transport: Literal["auto", "websocket", "poll"] = "auto"
+    """How the backend is reached: `auto` dials the WebSocket, and polls by REST where there is none to be had."""
+    poll_interval_seconds: Annotated[float, Meta(ge=1, le=60)] = 10.0
+    """Seconds between polls where there is no WebSocket; the backend may ask for more."""
     agent_id: Annotated[str, Meta(pattern=r"^agent_[A-Za-z0-9_-]{4,64}$")] | None = None
     """Name of this agent at the backend; made once and kept in AGENT_HOME unless given."""
     agent_home: Path
@@ -55,6 +59,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Local base models lie here, and final models are written to MODELS_DIR/{job_id}/."""
     datasets_dir: Path
     """Local data sets lie here; a job can read no file outside it."""
+    dataset_map: tuple[str, ...] = ()
+    """Files for data sets that stay at the platform, as `ITS_PATH=FILE` with commas between."""
+    dataset_hosts: tuple[str, ...] = ()
+    """Hosts, besides the backend's, that a job's data set may be fetched from when its path is a URL."""
+    dataset_max_mb: Annotated[int, Meta(ge=1, le=10_000_000)] = 10_000
+    """The largest data set that is fetched."""
     checkpoints_dir: Path
     """Checkpoints, in CHECKPOINTS_DIR/{job_id}/."""
     logs_dir: Path

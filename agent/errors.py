@@ -63,6 +63,8 @@ class Refused(AgentError):
     """The backend refuses this agent, and dialling again cannot cure it."""
 
     exit_code = Exit.REFUSED
+    status = 0
+    """The HTTP status that said so; 0 where it was something else."""
 
 
 class KeyRefused(Refused):

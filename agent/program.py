@@ -21,6 +21,7 @@ from agent.guard import Guard
 from agent.hearing import Hearing, cleaned
 from agent.launch import Launching
 from agent.ledger import Ledger
+from agent.net.choice import Transport
 from agent.net.websocket import Link
 from agent.runtime.environment import cut_own_environment, make_undumpable
 from agent.runtime.journal import Journal
@@ -53,6 +54,7 @@ class Program:
         self.started = time.time()
         self.exit_code: int = Exit.OK
         self.link: Link | None = None
+        self.transport: Transport | None = None
         self.link_state = ("off", "no backend is set")
         self.redactor = redactor or Redactor(secrets_of(settings))
         # Read before the environment is cut: what the owner passes on goes to trainers alone.

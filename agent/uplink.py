@@ -38,6 +38,7 @@ class JournalUplink:
         machine: Callable[[], Awaitable[Machine]],
         send_log: Callable[[str, int], Awaitable[None]],
         keep_secret: Callable[[str], None],
+        at_once: int = 1,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._desk = desk
@@ -47,12 +48,16 @@ class JournalUplink:
         self._machine = machine
         self._send_log = send_log
         self._keep_secret = keep_secret
+        self._at_once = at_once
+        self.before_hello: Callable[[], Awaitable[None]] = _at_once_ready
+        """Waits until nobody else sends these records; the socket takes them over with HELLO."""
         self._clock = clock
         self._dials = 0
         self._ahead = 0.0
         """Seconds by which the backend's clock is ahead of ours."""
 
     async def hello(self) -> Hello:
+        await self.before_hello()
         self._dials += 1
         streams = await self._desk.ledger.journal.read(lambda rows: rows.streams())
         heads = [
@@ -94,14 +99,15 @@ class JournalUplink:
         if last:
             await self._trim(key, last)
 
-    async def _trim(self, key: Key, seq: int) -> None:
-        done = key.lane == Lane.CONTROL and seq == self._desk.ledger.heads.get(key)
+    async def _trim(self, key: Key, seq: int, notes: Mapping[str, str] | None = None) -> None:
         job = self._desk.jobs.get(key.scope)
-        scrub = done and job is not None and job.state in TERMINAL
+        ended = job is not None and job.state in TERMINAL
 
         def trim(tx: Tx) -> dict[int, tuple[int, int]]:
             tx.trim(key.epoch, key.scope, key.lane, seq)
-            if scrub:
+            for name, value in (notes or {}).items():
+                tx.set_meta(name, value)
+            if ended and not any(one.scope == key.scope and one.last >= one.first for one in tx.streams()):
                 # The job has ended and its last word has arrived: its token serves for nothing any more.
                 tx.scrub_secrets(key.scope)
             return tx.backlog()
@@ -110,6 +116,41 @@ class JournalUplink:
         self._desk.ledger.count(backlog)
         if key.epoch != self._desk.ledger.epoch and seq == self._desk.ledger.heads.get(key):
             self._desk.ledger.heads.pop(key)
+
+    # What the REST side asks beyond that; see `agent.net.drain.Store`
+
+    def jobs(self) -> Mapping[str, Job]:
+        return {job_id: job for job_id, job in self._desk.jobs.items() if job.from_backend}
+
+    def room(self) -> int:
+        if self._desk.draining:
+            return 0
+        idle = (*TERMINAL, JobState.PAUSED)
+        return self._at_once - sum(job.state not in idle for job in self._desk.jobs.values())
+
+    async def machine(self) -> Machine:
+        return await self._machine()
+
+    async def token(self, job_id: str) -> str:
+        found = await self._desk.ledger.journal.read(lambda rows: rows.get_secret(job_id, "job_token"))
+        return found or ""
+
+    async def keep_token(self, job_id: str, token: str) -> None:
+        self._keep_secret(token)
+        await self._desk.ledger.journal.write(lambda tx: tx.put_secret(job_id, "job_token", token))
+
+    async def noted(self, name: str) -> str:
+        return await self._desk.ledger.journal.read(lambda rows: rows.get_meta(f"rest:{name}")) or ""
+
+    async def note(self, notes: Mapping[str, str]) -> None:
+        def keep(tx: Tx) -> None:
+            for name, value in notes.items():
+                tx.set_meta(f"rest:{name}", value)
+
+        await self._desk.ledger.journal.write(keep)
+
+    async def settled(self, key: Key, seq: int, notes: Mapping[str, str]) -> None:
+        await self._trim(key, seq, {f"rest:{name}": value for name, value in notes.items()})
 
     async def welcomed(self, server_time: float) -> None:
         self._ahead = server_time - self._clock() if server_time else 0.0
@@ -165,6 +206,10 @@ class JournalUplink:
     async def _refuse(self, message: Desired, state: JobState, sentence: str) -> None:
         """Answer an offer that never becomes a job here."""
         assert message.offer is not None
+        token = message.offer.job_token
+        if token:
+            # Where only REST works, the refusal itself needs it.
+            self._keep_secret(token)
         job = Job(
             job_id=message.job_id,
             config=message.offer.config,
@@ -180,7 +225,7 @@ class JournalUplink:
             detail=sentence,
             failure=failure(FailureReason.SPEC, sentence) if sentence else None,
         )
-        await self._desk.add(job)
+        await self._desk.add(job, secrets={"job_token": token} if token else {})
 
     async def commanded(self, message: Command) -> None:
         # Begun is done, or nobody could tell whether it was: a connection that breaks must not fall between.
@@ -232,3 +277,7 @@ class JournalUplink:
         except (NotPossible, UnknownJob, ValueError) as error:
             return CommandDone(now, message.command_id, "refused", str(error))
         return CommandDone(now, message.command_id, "done")
+
+
+async def _at_once_ready() -> None:
+    """Stand in where the socket is the only way."""

@@ -25,6 +25,8 @@ HEADER_STREAM = "X-Stream"
 """`<epoch>/<lane>` of the records in an append."""
 HEADER_RANGE = "X-Range"
 """`<lo>-<hi>`: their numbers. The answer carries the position that is durable as `ack`."""
+HEADER_TOMB = "X-Tomb"
+"""With an empty array: the records of the range are gone, and why. In place of a TOMB frame."""
 
 PlatformStatus = Literal["queued", "pending", "running", "paused", "completed", "failed", "cancelled"]
 

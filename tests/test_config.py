@@ -52,7 +52,13 @@ OTHER = {
     "HOST_MEMORY_RESERVE_MB": "0",
     "STALL_FACTOR": "2.5",
     "STALL_MIN_SECONDS": "9",
+    "VERIFY_RESUME": "3",
     "BAD_KEY_SLEEP": "60",
+    "BACKEND_TRANSPORT": "poll",
+    "POLL_INTERVAL_SECONDS": "20",
+    "DATASET_MAP": "u/private/a.jsonl.gz=chat.jsonl",
+    "DATASET_HOSTS": "files.example.com",
+    "DATASET_MAX_MB": "50",
 }
 
 

@@ -24,6 +24,7 @@ from agent.hub.tables import (
 )
 from agent.hub.web import Json
 from protocol.lifecycle import JobState
+from protocol.messages import SUBPROTOCOL_MSGPACK
 from protocol.rest import HEADER_AGENT
 
 POLL_SECONDS = 10
@@ -164,9 +165,14 @@ async def poll(request: Request, hub: Hub) -> Response:
     hub.feed.tell("")
     if job is None:
         return Json(
-            {"job": None, "poll_interval_seconds": POLL_SECONDS, "message": "No pending jobs available"}
+            {
+                "job": None,
+                "poll_interval_seconds": POLL_SECONDS,
+                "records": SUBPROTOCOL_MSGPACK,
+                "message": "No pending jobs available",
+            }
         )
-    return Json({"job": _offer(job), "poll_interval_seconds": POLL_SECONDS})
+    return Json({"job": _offer(job), "poll_interval_seconds": POLL_SECONDS, "records": SUBPROTOCOL_MSGPACK})
 
 
 async def claim(request: Request, hub: Hub) -> Response:

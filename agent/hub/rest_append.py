@@ -24,7 +24,7 @@ from agent.hub.tables import get_job, save_job
 from agent.hub.web import Json, body_of, json_of
 from protocol.codec import Codec, number
 from protocol.messages import SUBPROTOCOL_MSGPACK, Lane
-from protocol.rest import HEADER_RANGE, HEADER_STREAM, METRIC_NAMES, TRENDS
+from protocol.rest import HEADER_AGENT, HEADER_RANGE, HEADER_STREAM, HEADER_TOMB, METRIC_NAMES, TRENDS
 from protocol.session import Key
 
 MSGPACK = "application/msgpack"
@@ -77,7 +77,16 @@ def range_of(request: Request) -> Range | None:
 
 def answer(job: Job, **more: Any) -> dict[str, Any]:
     """Return the answer to an append: it also carries what is wanted, for whom only REST works."""
-    return {"success": True, **more, "desired_version": job.version, "want": job.want.value}
+    return {
+        "success": True,
+        **more,
+        "desired_version": job.version,
+        "want": job.want.value,
+        "parameters": job.parameters,
+        "checkpoint": job.checkpoint,
+        "accept_changes": job.accept_changes,
+        "reason": job.reason,
+    }
 
 
 class _Numbered:
@@ -115,7 +124,9 @@ async def _raw_records(request: Request, hub: Hub, job_id: str, lane: int) -> Re
         records = _RECORDS.decode(await body_of(request))
     except (msgspec.DecodeError, RecursionError) as error:
         raise Refusal(400, f"The body is not an array of records: {error}") from None
-    if span is None or len(records) != span.hi - span.lo + 1 or span.lane != lane:
+    tomb = request.headers.get(HEADER_TOMB, "")[:32]
+    expected = 0 if tomb else span.hi - span.lo + 1 if span else -1
+    if span is None or len(records) != expected or span.lane != lane:
         raise Refusal(
             400, f"{HEADER_STREAM} and {HEADER_RANGE} must number exactly the records sent, of lane {lane}."
         )
@@ -124,8 +135,13 @@ async def _raw_records(request: Request, hub: Hub, job_id: str, lane: int) -> Re
 
     def op(db: Db) -> tuple[Job, ingest.Applied]:
         job = authorised(db, job_id, token)
+        # Where the sender says who it is, the job must be its own: another agent may hold it by now.
+        sender = request.headers.get(HEADER_AGENT) or job.agent_id or ""
         try:
-            done = ingest.apply(db, job.agent_id or "", key, span.lo, records, codec, hub.clock())
+            if tomb:
+                done = ingest.bury(db, sender, key, span.lo, span.hi, tomb, hub.clock())
+            else:
+                done = ingest.apply(db, sender, key, span.lo, records, codec, hub.clock())
         except ingest.Gap as gap:
             raise Refusal(
                 409, f"The stream is stored up to {gap.ack}; go on from there.", ack=gap.ack

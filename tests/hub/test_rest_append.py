@@ -243,6 +243,7 @@ def test_poll_and_claim_are_safe_to_repeat(client: httpx.Client) -> None:
     assert client.get("/api/training/agent/poll", headers={"X-Agent-ID": "me"}).status_code == 400
     headers = AGENT | {"X-Agent-Hostname": "pollbox", "X-Agent-Platform": "linux"}
     none = client.get("/api/training/agent/poll", headers=headers).json()
+    assert none.pop("records") == "finetunelab.agent.v1.msgpack"
     assert none == {"job": None, "poll_interval_seconds": 10, "message": "No pending jobs available"}
     job_id, token = submit(client)
     offered = client.get("/api/training/agent/poll", headers=headers).json()["job"]
