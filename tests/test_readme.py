@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import typer
+
 from agent import config
-from agent.cli_commands import commands
 from agent.cli_jobfile import read
 from agent.cli_show import EXIT_PAUSED
 from agent.demo import INTERRUPTED
@@ -36,13 +37,21 @@ EXITS = {
 }
 
 
-def command_table() -> str:
-    """Return the commands, each with the first sentence of its help."""
+def every_command() -> list[typer.models.CommandInfo]:
+    """Return the commands, in the order of the help."""
     from agent.cli import app
 
-    found = [*app.registered_commands, *commands.registered_commands]
+    groups = [group.typer_instance for group in app.registered_groups]
+    return [
+        *app.registered_commands,
+        *(one for group in groups if group is not None for one in group.registered_commands),
+    ]
+
+
+def command_table() -> str:
+    """Return the commands, each with the first sentence of its help."""
     rows = []
-    for command in found:
+    for command in every_command():
         assert command.callback is not None and command.callback.__doc__
         sentence = command.callback.__doc__.split("\n")[0]
         rows.append(f"| `{command.callback.__name__}` | {sentence} |\n")
@@ -106,9 +115,7 @@ def test_the_first_screen_holds_what_it_is_and_the_two_commands() -> None:
 
 def test_every_command_that_is_named_exists_with_its_options() -> None:
     used = re.findall(r"training-agent ((?:[a-z]+)(?: [^\n`&|#]*)?)", README.read_text())
-    names = {command.callback.__name__ for command in commands.registered_commands if command.callback} | set(
-        FIRST
-    )
+    names = {command.callback.__name__ for command in every_command() if command.callback} | set(FIRST)
     for line in used:
         words = line.split()
         if words[0] not in names:
@@ -134,7 +141,8 @@ def test_the_job_that_is_shown_is_one(tmp_path: Path) -> None:
 
 def test_the_limits_are_the_codes() -> None:
     text = README.read_text()
-    assert [method.value for method in RUNNABLE] == ["sft", "cpt"] and "Methods: SFT and CPT" in text
+    assert [method.value for method in RUNNABLE] == ["sft", "cpt", "dpo"]
+    assert "Methods: SFT, CPT and DPO" in text
     assert "Left out of the older agent on purpose: remote shell commands" in text
 
 
