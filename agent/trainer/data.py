@@ -16,7 +16,7 @@ from agent.trainer.checking import NoRows
 from agent.trainer.errors import TrainerError
 from agent.trainer.readers import unreadable
 from agent.trainer.streaming import HELD_OUT_AMONG, Source, holds_out
-from agent.trainer.tables import Listen, Reading, Table, collect
+from agent.trainer.tables import NUMBER, Listen, Reading, Table, collect
 from protocol.failures import FailureReason
 from protocol.jobspec import DataFormat, JobSpec, Method
 from protocol.worker import Limits, Workspace
@@ -187,7 +187,7 @@ def _stream(
     head = rows.head()
     hasher = xxhash.xxh3_128()
     for row in head:
-        hasher.update(msgspec.json.encode(row))
+        hasher.update(msgspec.json.encode({name: value for name, value in row.items() if name != NUMBER}))
         hasher.update(b"\n")
     held_out = None
     if fraction:

@@ -18,7 +18,7 @@ from datasets.iterable_dataset import ExamplesIterable
 
 from agent.trainer.errors import TrainerError
 from agent.trainer.readers import unreadable
-from agent.trainer.tables import Reading
+from agent.trainer.tables import NUMBER, Reading
 from protocol.failures import FailureReason
 from protocol.jobspec import DataFormat
 
@@ -105,6 +105,7 @@ class Source:
             if value is not None:
                 count += 1
                 self.format = checker.format
+                value[NUMBER] = row.number
                 yield value
             else:
                 checker.empty.clear()

@@ -23,6 +23,8 @@ from protocol.worker import Limits
 Listen = Callable[[], None]
 """Called now and then; raises what ends the work."""
 
+NUMBER = "row"
+"""The column with a row's number in its file, by which the user knows it."""
 LISTEN_EVERY = 256
 """Rows between two looks at what was ordered."""
 
@@ -114,6 +116,7 @@ def _write(source: str, rows: Iterator[Row], checker: Checker, folder: Path, ric
             count += 1
             hasher.update(encode(value))
             hasher.update(b"\n")
+            value[NUMBER] = row.number
             if rich:
                 value = features.encode_example({name: value.get(name) for name in features})
             writer.write(value)
@@ -138,6 +141,7 @@ def _features(row: dict[str, Any], rich: bool) -> datasets.Features:
         for name, value in row.items()
         if name != "tools"
     }
+    columns[NUMBER] = datasets.Value("int64")
     if rich:
         columns["tools"] = datasets.Value("string")
     return datasets.Features(columns)

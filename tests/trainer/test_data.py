@@ -75,6 +75,11 @@ class Desk:
         return caught.value
 
 
+def contents(rows: Any) -> list[dict[str, Any]]:
+    """Return the rows without their numbers."""
+    return [{name: value for name, value in row.items() if name != "row"} for row in rows]
+
+
 @pytest.fixture
 def desk(tmp_path: Path) -> Desk:
     return Desk(tmp_path)
@@ -83,7 +88,8 @@ def desk(tmp_path: Path) -> Desk:
 def test_rows_come_in_order_with_the_facts(desk: Desk, jsonl: Jsonl) -> None:
     rows = chat_rows(12)
     prepared = desk.prepare(jsonl(rows))
-    assert prepared.train.to_list() == rows
+    assert contents(prepared.train) == rows
+    assert prepared.train["row"][:] == list(range(1, 13)), "by which the user knows them"
     assert prepared.eval is None
     assert prepared.format is DataFormat.MESSAGES
     assert prepared.assistant_only
@@ -155,7 +161,7 @@ def test_a_row_of_another_format_is_named(desk: Desk, jsonl: Jsonl) -> None:
 def test_a_named_format_is_held_to(desk: Desk, jsonl: Jsonl) -> None:
     rows = [{"text": "a", "prompt": "p", "completion": "c"}] * 4
     assert desk.prepare(jsonl(rows)).format is DataFormat.PROMPT_COMPLETION
-    assert desk.prepare(jsonl(rows), format=DataFormat.TEXT).train.column_names == ["text"]
+    assert desk.prepare(jsonl(rows), format=DataFormat.TEXT).train.column_names == ["text", "row"]
     sentence = str(desk.refusal(jsonl(rows), format=DataFormat.ALPACA))
     assert "row 1: the format is alpaca, which needs 'instruction'" in sentence
 
@@ -171,7 +177,7 @@ def test_a_row_that_is_no_object_and_one_that_is_no_text(desk: Desk, tmp_path: P
 def test_dropped_columns_and_empty_rows_are_told(desk: Desk, jsonl: Jsonl) -> None:
     rows = [{"text": "a", "id": 1}, {"text": " ", "source": "x"}, {"text": "b"}]
     prepared = desk.prepare(jsonl(rows))
-    assert prepared.train.to_list() == [{"text": "a"}, {"text": "b"}]
+    assert prepared.train.to_list() == [{"text": "a", "row": 1}, {"text": "b", "row": 3}]
     (info, columns), (warning, empty) = desk.notes
     assert (info, warning) == ("info", "warning")
     assert columns.endswith("that text data has no use for are left out: id, source.")
@@ -208,7 +214,7 @@ def test_tool_calls_survive_without_null_keys(desk: Desk, jsonl: Jsonl) -> None:
     rows[1]["messages"][1] = {"role": "assistant", "content": None, "tool_calls": [call]}
     rows[2]["tools"] = [{"type": "function", "function": {"name": "f"}}]
     prepared = desk.prepare(jsonl(rows))
-    assert prepared.train[0] == {**rows[0], "tools": None}
+    assert prepared.train[0] == {**rows[0], "tools": None, "row": 1}
     assert prepared.train[1]["messages"][1] == {"role": "assistant", "content": "", "tool_calls": [call]}
     assert json.loads(prepared.train[2]["tools"]) == rows[2]["tools"]
 
@@ -239,7 +245,7 @@ def test_each_side_of_a_split_has_a_row(desk: Desk, jsonl: Jsonl) -> None:
 
 def test_the_first_rows_are_taken(desk: Desk, jsonl: Jsonl) -> None:
     rows = text_rows(20)
-    assert desk.prepare(jsonl(rows), max_samples=5).train.to_list() == rows[:5]
+    assert contents(desk.prepare(jsonl(rows), max_samples=5).train) == rows[:5]
 
 
 def test_evaluation_data_of_its_own(desk: Desk, jsonl: Jsonl) -> None:
@@ -315,11 +321,12 @@ def test_preference_pairs_come_with_their_facts(desk: Desk, jsonl: Jsonl) -> Non
         "prompt": [{"role": "user", "content": rows[0]["prompt"]}],
         "chosen": [{"role": "assistant", "content": rows[0]["chosen"]}],
         "rejected": [{"role": "assistant", "content": rows[0]["rejected"]}],
+        "row": 1,
     }
     assert (prepared.rows, prepared.chat, prepared.assistant_only) == (12, True, False)
     assert prepared.facts["loss_on"] == "the chosen and the rejected answer"
     plain = desk.prepare(jsonl(rows), method=Method.DPO, template=None)
-    assert plain.train[3] == rows[3]
+    assert contents(plain.train) == rows
     assert not plain.chat
 
 
