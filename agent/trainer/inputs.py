@@ -293,7 +293,8 @@ def _place(progress: Progress, told: set[str], names: set[str], spec: JobSpec) -
     other_rows = told & {"tokenizer", "template", "rows", "data.eval_fraction", "data.streaming"}
     lengths_by_batch = spec.training.group_by_length and names & BATCH
     if other_rows or names & ORDER or lengths_by_batch:
-        place.rows = 0
+        place.rows = place.stream_rows = 0
+        place.digest = ""
     if names & BATCH:
         place.micro = place.step_rows = 0
     # A setting that was changed by hand goes before the one that was set while the job ran.

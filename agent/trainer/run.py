@@ -10,7 +10,7 @@ from datasets.exceptions import DatasetGenerationError
 from agent.trainer import data, determinism, fingerprints, inputs, memory, methods, replay, restore, samples
 from agent.trainer.checkpoint import Checkpoints, Found
 from agent.trainer.control import ControlledSFTTrainer
-from agent.trainer.disk import NoRoom
+from agent.trainer.disk import NoRoom, check_writable
 from agent.trainer.errors import TrainerError
 from agent.trainer.forecast import Forecast
 from agent.trainer.inbox import Inbox, Leaving
@@ -73,6 +73,7 @@ class _Run:
         self.inbox.listen()
         self.facts = determinism.apply(self.spec)
         memory.apply_cap(self.start.limits)
+        check_writable(self.checkpoints.folder, "the job's checkpoints")
         Output(self.start.workspace).check()
         found = self._find_checkpoint()
         ground = self._load(found)
@@ -116,7 +117,8 @@ class _Run:
             spec, start.workspace, tokenizer, start.limits, self._note, inbox.leave_if_told
         )
         if prepared.source is not None:
-            prepared.source.accepts_changes = start.accept_changes
+            branches = found is not None and found.manifest.job_id != spec.job_id
+            prepared.source.accepts_changes = start.accept_changes or branches
         inbox.leave_if_told()
         self._say(Phase.LOAD, f"Loading the model {Path(where).name}.")
         precision = choose_precision(spec, start.limits, self._note)

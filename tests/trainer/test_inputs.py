@@ -82,7 +82,7 @@ def check(
 ) -> tuple[list[str], Progress]:
     """Return the notes, and the progress as it is brought to what was accepted."""
     progress = Progress(
-        place=Place(epoch=1, rows=12, micro=1, step_rows=1),
+        place=Place(epoch=1, rows=12, micro=1, step_rows=1, stream_rows=48, digest="d"),
         parameters=Parameters(learning_rate=5e-5, save_steps=3),
         best_eval_loss=1.5,
         best_step=4,
@@ -236,7 +236,7 @@ def test_a_setting_changed_by_hand_goes_before_one_set_while_it_ran() -> None:
     assert check(SPEC)[1].parameters == Parameters(learning_rate=5e-5, save_steps=3)
     progress = check(changed(save_steps=9, batch_size=2), accept=True)[1]
     assert progress.parameters == Parameters(learning_rate=5e-5)
-    assert progress.place == Place(epoch=1, rows=12, micro=0, step_rows=0)
+    assert progress.place == Place(epoch=1, rows=12, micro=0, step_rows=0, stream_rows=48, digest="d")
     assert progress.best_step == 4
 
 
