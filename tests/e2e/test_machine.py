@@ -130,7 +130,7 @@ def test_a_job_that_fills_the_memory_is_paused_before_the_kernel_ends_it(tmp_pat
     reserve = (psutil.virtual_memory().available - 3 * GB // 2) >> 20
     assert reserve > 0, "too little memory for this test"
     with together(tmp_path, HOST_MEMORY_RESERVE_MB=str(reserve)) as (hub, _):
-        words = "step=0.05 eat_mb=16 eat_most_mb=3000 until_attempt=1"
+        words = "step=0.03 eat_mb=16 eat_most_mb=3000 until_attempt=1"
         job = hub.submit(fake_config(words, steps=200, save_steps=50))
         paused = hub.wait_state(job, "paused")
         assert paused["by"] == "memory"
