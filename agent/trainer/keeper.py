@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.trainer.checkpoint import Checkpoints, FileRecord, Found, Manifest
-from agent.trainer.disk import MB, NoRoom, check_writable, free_bytes, has_room, need_room, refusals_told
+from agent.trainer.disk import MB, NoRoom, free_bytes, has_room, need_room, refusals_told
 from agent.trainer.errors import TrainerError
 from agent.trainer.inbox import Speaker
 from agent.trainer.snapshot import Content, Copying, HostBuffer, Writer, fits_host_memory, ready_now
@@ -97,7 +97,6 @@ class Keeper:
     def check_disk(self, size: int, model_size: int, limit: int, in_use: set[Path]) -> None:
         """Find out before the first step what would end the job at its first checkpoint, of about ``size`` bytes."""
         store = self.store
-        check_writable(store.folder, "the job's checkpoints")
         store.in_use = in_use
         store.make_room(lambda: has_room(store.folder, size))
         need_room(store.folder, "a checkpoint of this job", size)
@@ -179,12 +178,11 @@ class Keeper:
         def fill(folder: Path) -> Mapping[str, FileRecord]:
             return content.write(folder, compress=self._limits.compress_checkpoints, pulse=self._writer.pulse)
 
-        made_again = False
+        again = False
         while True:
             try:
                 with refusals_told(store.folder, save.what, content.size):
                     if store.restore():
-                        made_again = True
                         self._note(
                             "warning",
                             f"The folder {store.folder} had vanished with its checkpoints, and was made again.",
@@ -197,8 +195,9 @@ class Keeper:
                 if not store.make_room(lambda: False, most=1):
                     raise
             except TrainerError:
-                if made_again or store.folder.is_dir():
+                if again or store.folder.exists():
                     raise
+                again = True  # it vanished while it was written to
 
     def _note(self, level: str, text: str) -> None:
         self._line.say(Note(level, text))

@@ -222,7 +222,8 @@ class Writer:
 
 def _place(folder: Path, name: str) -> Path:
     path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not its parents: where ``folder`` has vanished, that must come out.
+    path.parent.mkdir(exist_ok=True)
     return path
 
 
