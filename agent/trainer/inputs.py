@@ -297,6 +297,10 @@ def _place(progress: Progress, told: set[str], names: set[str], spec: JobSpec) -
         place.digest = ""
     if names & BATCH:
         place.micro = place.step_rows = 0
+    if "eval_batch_size" in names:
+        progress.eval_batch = 0
+    if "metric_for_best" in names or told & {"eval_rows", "rows", "data.eval_fraction"}:
+        _forget_best(progress)
     # A setting that was changed by hand goes before the one that was set while the job ran.
     undone = {name: None for name in Parameters.__struct_fields__ if name in names}
     progress.parameters = msgspec.structs.replace(progress.parameters, **undone)
@@ -306,7 +310,13 @@ def _begin_branch(progress: Progress) -> None:
     """Leave behind what was the other job's alone: its end, its best, and its evaluation still to do."""
     progress.ended = ""
     progress.owed = None
-    progress.best_eval_loss, progress.best_step, progress.best_epoch = None, 0, 0.0
+    _forget_best(progress)
+
+
+def _forget_best(progress: Progress) -> None:
+    """Count the best evaluation anew: what was measured by another metric or on other rows is no measure."""
+    progress.best_value = progress.best_eval_loss = None
+    progress.best_step, progress.best_epoch = 0, 0.0
     progress.without_improvement = 0
 
 

@@ -84,6 +84,7 @@ def check(
     progress = Progress(
         place=Place(epoch=1, rows=12, micro=1, step_rows=1, stream_rows=48, digest="d"),
         parameters=Parameters(learning_rate=5e-5, save_steps=3),
+        best_value=1.5,
         best_eval_loss=1.5,
         best_step=4,
         ended="stop",
@@ -249,8 +250,19 @@ def test_a_branch_may_change_and_leaves_the_other_jobs_end_behind() -> None:
         "info: training.learning_rate was 0.0002 and is 0.001: accepted; it is put in force at the next step, "
         "and the schedule keeps its shape."
     ]
-    assert (progress.best_eval_loss, progress.best_step, progress.ended) == (None, 0, "")
+    assert (progress.best_value, progress.best_eval_loss, progress.best_step) == (None, None, 0)
+    assert progress.ended == ""
     assert progress.place.rows == 12
+
+
+@pytest.mark.parametrize(
+    ("spec", "marks"),
+    [(changed(metric_for_best="perplexity"), {}), (SPEC, {"eval_rows": "b"}), (SPEC, {"rows": "b"})],
+)
+def test_a_best_by_another_measure_is_no_best(spec: JobSpec, marks: dict[str, str]) -> None:
+    progress = check(spec, accept=True, **marks)[1]
+    assert (progress.best_value, progress.best_step) == (None, 0)
+    assert check(SPEC)[1].best_step == 4
 
 
 def test_the_checkpoint_of_another_job_is_not_taken_for_ones_own() -> None:
