@@ -14,10 +14,14 @@ import pytest
 from playwright.async_api import Page, async_playwright, expect
 
 from protocol.failures import FailureReason, failure
-from protocol.records import JobFacts, JobStatus, LogChunk, Point, Schema
+from protocol.records import JobEstimate, JobFacts, JobStatus, LogChunk, Point, ResumeCheck, Schema
+from protocol.worker import Estimate
 from tests.hub.support import HubProcess, submit
 from tests.support.scripted_agent import ScriptedAgent
 
+NEEDS = Estimate(
+    device="cpu", host_gb=3.5, disk_gb=1.0, free_host_gb=9.0, free_disk_gb=9.0, total_seconds=120.0
+)
 SEEN_WITHIN = 15_000
 """Milliseconds; a safety limit, not a measure."""
 
@@ -96,6 +100,9 @@ def test_a_run_is_seen_live_and_steered_from_the_page(paged: HubProcess) -> None
         await expect(page.get_by_text("Training")).to_be_visible()
         await page.get_by_text("Seen live").click()
         await expect(page.get_by_test_id("train_loss")).to_have_text("2")
+        await expect(page.get_by_test_id("estimate")).to_have_text(
+            "Needs about 3.5 GB of memory, 1.0 GB of disk, 2 min 00 s."
+        )
         await expect(page.get_by_test_id("log")).to_contain_text("a line of the log")
         await expect(page.locator("canvas")).to_be_visible()
         agent.add(Point(time.time(), 1, 2, 0.5, 1, [0.125]), job_id)
@@ -112,11 +119,19 @@ def test_a_run_is_seen_live_and_steered_from_the_page(paged: HubProcess) -> None
         await agent.until_wanted(job_id, "run")
         await page.get_by_test_id("cancel").click()
         await agent.until_wanted(job_id, "cancel")
-        why = failure(FailureReason.DATA, "data.jsonl row 57: text is null.")
+        await expect(page.get_by_test_id("accept")).to_be_hidden()
+        why = failure(FailureReason.CHECKPOINT, "The data set has other rows.")
+        agent.add(ResumeCheck(time.time(), 1, 5, 6, True), job_id)
         agent.add(JobStatus(time.time(), 1, "failed", failure=why), job_id)
-        await expect(page.get_by_test_id("failure")).to_have_text("data.jsonl row 57: text is null.")
+        await expect(page.get_by_test_id("failure")).to_have_text("The data set has other rows.")
+        await expect(page.get_by_test_id("resume_check")).to_have_text(
+            "Steps 5 to 6 replayed: equal bit for bit."
+        )
         await expect(page.get_by_test_id("retry")).to_be_visible()
         await expect(page.get_by_test_id("pause")).to_be_hidden()
+        await page.get_by_test_id("accept").click()
+        await agent.until(lambda: bool(agent.commands))
+        assert agent.commands[0].args == {"accept_changes": 1}
 
     async def main() -> None:
         with paged.client() as client:
@@ -128,6 +143,7 @@ def test_a_run_is_seen_live_and_steered_from_the_page(paged: HubProcess) -> None
             agent.add(Schema(1, ["train_loss"]), job_id)
             agent.add(JobFacts(time.time(), 1, 4, 1.0, 0, 9, 1, 1, 1, 1e-4), job_id)
             agent.add(Point(time.time(), 1, 1, 0.25, 1, [2.0]), job_id)
+            agent.add(JobEstimate(time.time(), 1, NEEDS), job_id)
             agent.add(LogChunk(time.time(), 1, 0, ["a line of the log"]), job_id)
             browser = await playwright.chromium.launch(
                 executable_path=chromium(),
