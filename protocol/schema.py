@@ -14,7 +14,7 @@ import msgspec
 from protocol import failures, fields, jobspec, messages, records, rest, worker
 from protocol.jobspec import JobSpec
 from protocol.lifecycle import IGNORED, TRANSITIONS, WANTS, JobState, Trigger, Want
-from protocol.messages import CONNECT_PATH, SUBPROTOCOL_JSON, SUBPROTOCOL_MSGPACK, Close
+from protocol.messages import CONNECT_PATH, SUBPROTOCOL_JSON, SUBPROTOCOL_MSGPACK
 from protocol.version import PROTOCOL_VERSION
 
 JSON_SCHEMA = "https://json-schema.org/draft/2020-12/schema"
@@ -229,15 +229,6 @@ def wants_table() -> str:
     """Return the table of wants: the trigger that each state answers with; - is to wait."""
     rows = [(str(state), *(str(WANTS[state, want] or "-") for want in Want)) for state in JobState]
     return _markdown(("state", *(f"want {want}" for want in Want)), rows)
-
-
-def close_codes_table() -> str:
-    """Return the table of close codes."""
-    rows = [
-        (str(code.value), code.name.lower(), "dial again" if code < 4500 else "do not dial again")
-        for code in Close
-    ]
-    return _markdown(("code", "name", "what the agent does"), rows)
 
 
 def _markdown(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -1,17 +1,21 @@
 """The contract in words says what the code does."""
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
+import agent
 import protocol
+from agent.net.retry import GROWTH, backoff
 from protocol import schema
 from protocol.fields import MAX_FRAME
 from protocol.messages import (
     CONNECT_PATH,
     SUBPROTOCOLS,
     AgentMessage,
+    Close,
     CommandKind,
     HubMessage,
     Offer,
@@ -20,22 +24,43 @@ from protocol.messages import (
 from protocol.records import AnyRecord
 from protocol.rest import DATASET, HEADER_AGENT, HEADER_RANGE, HEADER_STREAM
 from protocol.session import SILENCE, WELCOME_WITHIN
+from tests.protocol import refusals
 
 PATH = Path(protocol.__file__).parent / "README.md"
+AGENT = Path(agent.__file__).parent
 TEXT = PATH.read_text(encoding="utf-8")
 TABLES = {
     "states": schema.states_table,
     "wants": schema.wants_table,
-    "close-codes": schema.close_codes_table,
+    **refusals.TABLES,
 }
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_is_the_one_that_the_code_prints(name: str) -> None:
-    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", TEXT, re.DOTALL)
-    assert found is not None
     said = TABLES[name]()
-    assert found[1].strip() == said.strip(), f"put this between the markers:\n\n{said}"
+    assert refusals.between(name, TEXT).strip() == said.strip(), f"put this between the markers:\n\n{said}"
+
+
+def test_every_close_code_has_a_row() -> None:
+    assert set(Close) <= set(refusals.WHEN)
+
+
+def test_what_the_user_reads_at_a_refusal_is_what_the_code_says() -> None:
+    code = " ".join(
+        re.sub(r'"\s*f?"', "", path.read_text(encoding="utf-8")) for path in AGENT.rglob("*.py")
+    ).replace('\\"', '"')
+    rows = TEXT.partition("### Refusals without a code")[2].partition("\n## ")[0]
+    quoted = [cell for cell in re.findall(r"`([^`|]+)`", rows) if " " in cell]
+    assert len(quoted) == 5
+    for sentence in quoted:
+        pattern = r"[^\n]{0,80}?".join(map(re.escape, re.split(r"\{\w+\}", sentence)))
+        assert re.search(pattern, code), sentence
+
+
+def test_the_waits_between_dials_are_those_of_the_code() -> None:
+    first, cap = (inspect.signature(backoff).parameters[name].default for name in ("first", "cap"))
+    assert f"a window that grows from {first:g} s by {GROWTH:g} to {cap:g} s" in TEXT
 
 
 def rows_of(heading: str) -> dict[str, list[str]]:

@@ -16,7 +16,6 @@ from protocol.messages import (
     SUBPROTOCOL_JSON,
     SUBPROTOCOLS,
     Ack,
-    Close,
     Data,
     Hello,
     Machine,
@@ -132,6 +131,3 @@ def test_the_tables_have_a_row_for_each() -> None:
     assert wants[0] == "| state | want run | want pause | want stop | want cancel |"
     assert len(wants) == 2 + len(JobState) and len(Want) == wants[0].count("want")
     assert "| paused | resume | - | resume | cancel |" in wants
-    codes = schema.close_codes_table().splitlines()
-    assert len(codes) == 2 + len(Close)
-    assert "| 4501 | auth | do not dial again |" in codes and "| 4008 | stale | dial again |" in codes

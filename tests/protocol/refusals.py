@@ -1,0 +1,203 @@
+"""The tables of `protocol/README.md` that say what an agent does at each close code, status and refusal.
+
+They are made by asking the agent's own code about every one. ``python -m tests.protocol.refusals`` writes them
+into the file.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+from loguru import logger
+from websockets.datastructures import Headers
+from websockets.exceptions import ConnectionClosedError, InvalidStatus
+from websockets.frames import Close as CloseFrame
+from websockets.http11 import Response
+
+import protocol
+from agent.errors import Refused
+from agent.net import client
+from agent.net.choice import Rules, Transport
+from agent.net.retry import can_retry, closed_for_good, refusal
+from protocol.messages import Close
+
+README = Path(protocol.__file__).parent / "README.md"
+URL = "{address}"
+WHEN = {
+    1000: "a backend that gives no reason",
+    1001: "the backend leaves",
+    1002: "the backend's library found a fault in the stream of bytes; also no HELLO within 10 s",
+    1006: "the connection was lost without a closing frame",
+    1009: "a frame was larger than the backend takes",
+    1011: "a fault in the backend",
+    1012: "a deployment",
+    1013: "the backend cannot store now",
+    Close.DRAIN: "a deployment, after GOAWAY",
+    Close.STALE: "a newer (boot, attempt) owns the id; the reason names the pair",
+    Close.GAP: "a record came before those in front of it",
+    Close.SLOW: "the agent does not take what is sent",
+    Close.MALFORMED: "a frame cannot be read, or comes where it may not",
+    Close.RATE: "too much at once; say in the reason what",
+    Close.AUTH: "the key was revoked",
+    Close.DISABLED: "the agent was switched off by its user",
+    Close.UNKNOWN_AGENT: "the agent was deleted by its user",
+    Close.OTHER_INSTALL: "another install uses the id",
+    Close.VERSION: "no version in common",
+    Close.OVERSIZE: "a frame larger than allowed, again and again",
+}
+"""When a backend sends a code; the one column that no code of the agent knows."""
+
+
+def grouped(numbers: Iterable[int], outcome: Callable[[int], tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Return a row for each outcome, with the numbers that have it as ranges in its first cell."""
+    found: dict[tuple[str, ...], list[list[int]]] = {}
+    for number in numbers:
+        spans = found.setdefault(outcome(number), [])
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return [
+        (", ".join(str(lo) if lo == hi else f"{lo}-{hi}" for lo, hi in spans), *cells)
+        for cells, spans in found.items()
+    ]
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, tuple("---" for _ in head), *rows))
+
+
+def _upgrade(status: int) -> tuple[str, ...]:
+    error = InvalidStatus(Response(status, "", Headers({"Location": "{location}"})))
+    refused = refusal(error, URL)
+    if refused is None:
+        assert can_retry(error)
+        return (
+            "yes; `Retry-After` in seconds is obeyed",
+            "server rejected WebSocket connection: HTTP {status}; dialling again in {n} s",
+        )
+    return f"no; exit code {int(refused.exit_code)}", str(refused).replace(str(status), "{status}")
+
+
+def upgrade_table() -> str:
+    """Return the table of answers to the upgrade, 101 apart."""
+    return table(("status", "dials again", "the user reads"), grouped(range(200, 600), _upgrade))
+
+
+def _closed(code: int) -> tuple[str, ...]:
+    refused = closed_for_good(code, "{reason}", URL)
+    if refused is None:
+        assert can_retry(ConnectionClosedError(CloseFrame(code, ""), None))
+        return "yes", "{reason}; dialling again in {n} s"
+    return f"no; exit code {int(refused.exit_code)}", str(refused).replace(str(code), "{code}")
+
+
+def close_codes_table() -> str:
+    """Return the table of close codes."""
+    rows = []
+    for code in sorted(WHEN):
+        name = Close(code).name.lower() if code in set(Close) else ""
+        rows.append((str(int(code)), name, WHEN[code], *_closed(code)))
+    known = set(Close)
+    for lo, hi in ((4000, 4499), (4500, 4999)):
+        others = {_closed(code) for code in range(lo, hi + 1) if code not in known}
+        assert len(others) == 1, others
+        rows.append((f"other {lo}-{hi}", "", "a code of a newer backend", *others.pop()))
+    return table(("code", "name", "sent when", "dials again", "the user reads"), rows)
+
+
+def _append(status: int) -> tuple[str, ...]:
+    try:
+        client._read(httpx.Response(status, json={"error": "{error}"}), "{route}")
+    except client.Unreached:
+        return "yes, after `Retry-After` or a minute: nothing was done"
+    except client.Unclear:
+        return "yes, and it may have been done: the same range again, or read back first"
+    except client.Said:
+        if status in (404, 410):
+            return "no: the job is gone, and what is held of the stream is dropped"
+        if status == 409:
+            return "from the `ack` of the answer on"
+        if status == 413:
+            return "by halves; one record alone becomes a tombstone (`oversize`)"
+        return "yes, after at most 30 s; the job's other streams wait, other jobs do not"
+    return "stored: the `ack` of the answer counts"
+
+
+def appends_table() -> str:
+    """Return the table of answers to an append."""
+    return table(("status", "sends again"), grouped(range(200, 600), lambda status: (_append(status),)))
+
+
+def _poll(status: int) -> tuple[str, ...]:
+    stands = SimpleNamespace(_client=SimpleNamespace(base=URL), rules=Rules("poll", 0.0))
+    try:
+        client._read(httpx.Response(status, json={"error": "{error}"}), "GET {route}")
+    except client.RestError as error:
+        try:
+            Transport._not_polled(stands, error)  # type: ignore[arg-type]  # all that it looks at
+        except Refused as refused:
+            return f"no; exit code {int(refused.exit_code)}", str(refused).replace(str(status), "{status}")
+        return "yes", f"poll: {error}".replace(str(status), "{status}")
+    return "polled", ""
+
+
+def poll_table() -> str:
+    """Return the table of answers to a poll, where a poll is all that the agent has."""
+    logger.disable("agent.net.choice")
+    try:
+        return table(("status", "polls again", "the user reads"), grouped(range(200, 600), _poll))
+    finally:
+        logger.enable("agent.net.choice")
+
+
+def _rows(status: int) -> tuple[str, ...]:
+    request = httpx.Request("GET", "https://backend.example")
+    error = httpx.HTTPStatusError("", request=request, response=httpx.Response(status, request=request))
+    if status < 300:
+        return ("taken; size and sha256 are checked", "")
+    if can_retry(error):
+        return (
+            "yes, up to 8 times in a row without a byte",
+            "data set transfer broke off (HTTP {status}); going on",
+        )
+    return (
+        "no: the job fails with reason `data`",
+        "The data set of job {id} could not be fetched from {address}: HTTP {status}.",
+    )
+
+
+def dataset_table() -> str:
+    """Return the table of answers to the fetch of a data set."""
+    return table(("status", "asks again", "the user reads"), grouped(range(200, 600), _rows))
+
+
+TABLES = {
+    "upgrade": upgrade_table,
+    "close-codes": close_codes_table,
+    "appends": appends_table,
+    "poll": poll_table,
+    "dataset": dataset_table,
+}
+
+
+def between(name: str, text: str) -> str:
+    """Return what stands between the markers of a table."""
+    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)
+    assert found is not None, f"no markers for {name}"
+    return found[1]
+
+
+def write() -> None:
+    """Put the tables into the file."""
+    text = README.read_text(encoding="utf-8")
+    for name, made in TABLES.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        text = text.replace(f"{begin}{between(name, text)}{end}", f"{begin}{made()}{end}")
+    README.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()
