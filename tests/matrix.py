@@ -3,7 +3,7 @@
 Each cell is three runs of a tiny model on the CPU: one that is never touched, one that is paused, and its second
 attempt; with dropout (where the method has any), accumulation, evaluations and early stopping, over the end of an
 epoch. "equal" means every value of every point, and every bit of the final weights; else the largest difference
-is given. With WORDS only the rows that hold them.
+is given. Empty cells cannot be: weights of 4 or 8 bits are not trained themselves. With WORDS only the rows that hold them.
 """
 
 import os
@@ -16,6 +16,7 @@ import io
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -196,9 +197,14 @@ def main(words: str) -> int:
         for cell in cells():
             if words not in cell.row:
                 continue
-            with contextlib.redirect_stderr(io.StringIO()):
-                difference = bench.difference(cell)
-            found[cell.row, cell.column] = f"{difference:.1g}" if difference else "equal"
+            try:
+                with contextlib.redirect_stderr(io.StringIO()):
+                    difference = bench.difference(cell)
+            except Exception:  # noqa: BLE001  the other cells are worth as much
+                traceback.print_exc()
+                found[cell.row, cell.column] = "fails"
+            else:
+                found[cell.row, cell.column] = f"{difference:.1g}" if difference else "equal"
             print(f"{cell.name}: {found[cell.row, cell.column]}", file=sys.stderr)
     print(table(found))
     print(f"{len(found)} cells in {time.monotonic() - began:.0f} s", file=sys.stderr)

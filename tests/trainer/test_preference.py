@@ -133,8 +133,9 @@ def test_rewards_of_a_point_that_spans_a_pause_are_whole(pairs: Jobs) -> None:
 
 
 def test_pairs_are_grouped_by_their_longer_side(pairs: Jobs) -> None:
-    wanted = {"method": Method.DPO, "lora": LoraSpec(r=4), "training": {"group_by_length": True}}
-    assert pairs.run(**wanted).last.values["tokens_seen"] > 0
+    training = {"group_by_length": True, "eval_strategy": "steps", "eval_steps": 4}
+    wanted = {"method": Method.DPO, "lora": LoraSpec(r=4), "eval_fraction": 0.25, "training": training}
+    assert pairs.run(**wanted).last.values["best_eval_loss"] > 0
 
 
 def refusal(jobs: Jobs, **changes: Any) -> str:

@@ -15,6 +15,8 @@ from protocol.worker import Finished, Left, Note, Saved
 from tests.trainer.conftest import Jobs, chat_rows, write_jsonl
 
 BAD_ROW = 17
+BAD_LINE = BAD_ROW + 1
+"""Of the file: the number by which the user knows the row."""
 POISON = "zebra"
 """A word that no other row has; the hook multiplies the last hidden states of a batch that holds it."""
 
@@ -55,7 +57,7 @@ def test_a_step_without_a_number_is_left_out_with_its_rows(jobs: Jobs, poisoned:
     (note,) = [note.text for note in first.of(Note) if "optimizer step" in note.text]
     assert f"At optimizer step {bad} the loss is not a finite number" in note
     (skip,) = Skips(jobs.checkpoints()).entries
-    assert BAD_ROW in skip.rows
+    assert BAD_LINE in skip.rows
     assert len(skip.rows) == 4
     assert all(saved.step < bad for saved in first.of(Saved))
 
@@ -75,7 +77,7 @@ def test_without_leave_to_rewind_it_ends_with_the_rows_that_fed_it(
     with pytest.raises(TrainerError) as caught:
         jobs.run("job", training={"max_steps": 16, "logging_steps": 5}, rows=poisoned)
     assert caught.value.reason is FailureReason.NON_FINITE_LOSS
-    assert BAD_ROW in caught.value.rows
+    assert BAD_LINE in caught.value.rows
     # The very step, though points are five apart.
     assert caught.value.step is not None
     assert f"At optimizer step {caught.value.step} the loss" in caught.value.sentence
@@ -92,7 +94,7 @@ def test_a_spike_is_left_out_too(jobs: Jobs, tmp_path: Path, poison: None) -> No
     assert first.last.why == "fresh_process"
     (note,) = [note.text for note in first.of(Note) if "times its mean" in note.text]
     assert "1.3 times" in note
-    assert BAD_ROW in Skips(jobs.checkpoints()).entries[0].rows
+    assert BAD_LINE in Skips(jobs.checkpoints()).entries[0].rows
 
 
 @pytest.mark.parametrize("poison", [float("nan")], indirect=True)
