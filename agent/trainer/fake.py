@@ -203,6 +203,7 @@ class Fake:
         shown = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TMPDIR")
         return {
             "trainer": "fake",
+            "accept_changes": str(self.start.accept_changes),
             "environment": " ".join(sorted(os.environ)),
             **{name: str(value) for name, value in limits.items()},
             **{name: os.environ.get(name, "") for name in shown},

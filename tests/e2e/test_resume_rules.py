@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.test_training import config
-from tests.support.programs import Agent, Hub, together, wait_until
+from tests.support.programs import Agent, Hub, fake_config, together, wait_until
 from tests.trainer.conftest import build_model, build_tokenizer, chat_rows, write_jsonl
 
 
@@ -18,6 +18,32 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, Agent,
     tokenizer.save_pretrained(str(folder / "agent" / "models" / "tiny"))
     with together(folder, fake=False, WARM_TRAINER="true", VERIFY_RESUME="2") as (hub, agent):
         yield hub, agent, folder / "agent" / "datasets"
+
+
+def test_the_users_word_reaches_the_trainer_and_is_spent(pair: tuple[Hub, Agent]) -> None:
+    hub, agent = pair
+    job = hub.submit(fake_config("step=0.02", steps=5000, save_steps=2))
+    accepted = []
+    for word in (True, False):
+        hub.wait_step(job, (hub.status(job)["current_step"] or 0) + 3)
+        hub.control(job, "pause")
+        hub.wait_state(job, "paused")
+        hub.http.post(
+            f"{hub.url}/api/training/local/{job}/control", json={"action": "resume", "accept_changes": word}
+        )
+        hub.wait_state(job, "running")
+        accepted.append(hub.status(job)["facts"]["accept_changes"])
+    assert accepted == ["True", "False"]
+    with agent.api() as api:
+        assert api.post(f"/api/training/cancel/{job}").status_code == 200
+    hub.wait_state(job, "cancelled")
+    with agent.api() as api:
+        # What has no checkpoint of the real trainer's cannot be branched from, and says so when it starts.
+        twig = api.post(f"/api/training/branch/{job}", json={"job_id": f"{job}-twig"}).json()["job_id"]
+        wait_until(lambda: api.get(f"/api/training/status/{twig}").json()["state"] == "failed", "its end")
+        failed = api.get(f"/api/training/status/{twig}").json()
+        assert failed["failure"]["reason"] == "checkpoint"
+        assert f"The job {job} has no checkpoint on this machine" in failed["error"]
 
 
 def test_changed_rows_are_refused_a_resume_is_checked_and_a_branch_goes_its_own_way(
