@@ -55,8 +55,6 @@ def main(argv: list[str]) -> int:
         if disk is not None:
             subprocess.run(["umount", str(disk)], check=True)
     failed = [row for row in told if row["side"] == "ours" and not row["same"]]
-    if args.json is not None:
-        args.json.write_text(json.dumps(told, indent=1) + "\n")
     print(table(told, args.stock))
     if not failed:
         shutil.rmtree(folder)
@@ -103,6 +101,8 @@ def _all(folder: Path, disk: Path | None, args: argparse.Namespace) -> list[dict
                     "why": outcome.why,
                 }
             )
+            if args.json is not None:
+                args.json.write_text(json.dumps(told, indent=1) + "\n")
             words = "same" if outcome.same else "OTHER" if outcome.resumed else "LOST"
             passed = time.monotonic() - began
             print(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from protocol.worker import AnyEvent, Metrics, Trained
 from tests.chaos.attempt import Attempt
-from tests.chaos.jobs import STEPS, Ours, Stock
+from tests.chaos.jobs import SAVE_EVERY, STEPS, Ours, Stock
 
 Side = Ours | Stock
 Damage = Callable[[random.Random, Path, str], str]
@@ -105,7 +105,10 @@ class Plan:
             self._was_saving = is_saving
         elif self._after is None and self.at < LOADING:
             self._after = attempt.began + self.at / LOADING * self.paces.load
-        return self._after is not None and now >= self._after
+        if self._after is None or now < self._after:
+            return False
+        # What is to be damaged is a whole checkpoint: a torn one is what the kills in a save are about.
+        return self.kind.damage is None or not saving()
 
     def strike(self, attempt: Attempt, checkpoints: Path) -> None:
         """Do it."""
@@ -167,7 +170,7 @@ def delete_manifest(rng: random.Random, checkpoints: Path, prefix: str) -> str:
     folder = newest(checkpoints, prefix)
     assert folder is not None
     name = "manifest.json" if (folder / "manifest.json").exists() else "trainer_state.json"
-    (folder / name).unlink()
+    (folder / name).unlink(missing_ok=True)
     return name
 
 
@@ -175,7 +178,7 @@ def leave_half(rng: random.Random, checkpoints: Path, prefix: str) -> str:
     """Leave what a kill in a save leaves: some files of a newer checkpoint, where the side writes them."""
     whole = newest(checkpoints, prefix)
     assert whole is not None
-    name = f"{prefix}{int(whole.name.removeprefix(prefix)) + 3}"
+    name = f"{prefix}{int(whole.name.removeprefix(prefix)) + SAVE_EVERY}"
     half = checkpoints / (name if prefix == Stock.prefix else f".staging-{name}")
     half.mkdir(exist_ok=True)
     files = _files(whole)
