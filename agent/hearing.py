@@ -12,6 +12,7 @@ from agent.core.effects import Effect, Report
 from agent.core.explain import Seen, enriched, is_final, no_room, room_needed, verdict
 from agent.core.intake import gone, hear
 from agent.core.job import Job, react
+from agent.core.merging import Sent, merged
 from agent.core.outbox import Points
 from agent.desk import JobDesk
 from agent.ledger import Batch
@@ -97,7 +98,7 @@ class Hearing:
 
         def end(batch: Batch) -> None:
             batch.freed.add(job_id)
-            job = self._desk.jobs[job_id]
+            job = self._release(batch, self._desk.jobs[job_id])
             room = room_needed(job, left.need, seen.disk_free)
             said = no_room(room, seen.disk_free, self.where) if left.why == "disk_full" else why
             outcome = gone(job, job.attempt, left=left.why, why=said, now=self._clock(), room=room)
@@ -167,12 +168,29 @@ class Hearing:
             points.append((job.job_id, event))
             batch.points.append((job.job_id, job.attempt, event.step, msgspec.msgpack.encode(event)))
             if job.from_backend:
-                for record in self._points.records(job.job_id, job.attempt, event):
-                    lane = Lane.METRICS if isinstance(record, Point) else Lane.CONTROL
-                    self._desk.ledger.append(batch, job.job_id, lane, record)
+                after = batch.jobs[job.job_id]
+                tight = self._desk.ledger.over_quota
+                held, sent = merged(after.merge, job.attempt, event, tight=tight, now=self._clock())
+                if held != after.merge:
+                    batch.jobs[job.job_id] = msgspec.structs.replace(after, merge=held)
+                self._send(batch, job.job_id, sent)
+
+    def _send(self, batch: Batch, job_id: str, sent: Sent) -> None:
+        for attempt, metrics in sent:
+            for record in self._points.records(job_id, attempt, metrics):
+                lane = Lane.METRICS if isinstance(record, Point) else Lane.CONTROL
+                self._desk.ledger.append(batch, job_id, lane, record)
+
+    def _release(self, batch: Batch, job: Job) -> Job:
+        """Send what was held back of a job whose trainer is gone; return the job without it."""
+        if job.merge is None:
+            return job
+        self._send(batch, job.job_id, [(job.merge.attempt, job.merge.metrics())])
+        return msgspec.structs.replace(job, merge=None)
 
     def _exited(self, batch: Batch, job: Job, fact: Exited) -> None:
         batch.freed.add(job.job_id)
+        job = self._release(batch, job)
         seen = self._seen.get((job.job_id, fact.attempt), Seen())
         now, why, room = self._clock(), fact.sentence or "The trainer ended without a word.", 0
         cause, reason, evidence = None, FailureReason.LOST, Evidence()

@@ -16,12 +16,10 @@ from protocol.messages import Lane
 from protocol.records import AnyRecord, LogChunk, Notice, Point
 from protocol.session import Key
 
-OVER_QUOTA_EVERY = 10.0
-"""Seconds between the points of a job that are still kept once the outbox is over its quota."""
-
 OVER_QUOTA = (
     "The backend has not taken the records of this job for so long that their disk quota (OUTBOX_MAX_MB) is used up: "
-    "from here on only some points of the curve are kept, and log lines stay on the machine."
+    "from here on each ten seconds of the curve are one point (last, least, greatest, sum and count of every figure), "
+    "and log lines stay on the machine."
 )
 
 job_encoder = msgspec.msgpack.Encoder()
@@ -59,7 +57,6 @@ class Ledger:
         self.on_append: Callable[[], None] = lambda: None
         self._outbox_bytes = outbox_bytes
         self._clock = clock
-        self._kept_at: dict[str, float] = {}
         self._dropped: dict[str, int] = {}
         """Log lines of each job that were left out since the last that was kept."""
         self._told: set[str] = set()
@@ -81,8 +78,8 @@ class Ledger:
             self.drained.set()
 
     def append(self, batch: Batch, scope: str, lane: int, record: AnyRecord) -> None:
-        """Add a record to a batch. Over the quota log lines are counted in place of kept, and points thinned."""
-        if lane != Lane.CONTROL and self._over_quota():
+        """Add a record to a batch. Over the quota log lines are counted in place of kept."""
+        if lane != Lane.CONTROL and self.over_quota:
             if not self._keep(batch, scope, record):
                 return
         else:
@@ -93,18 +90,19 @@ class Ledger:
 
     def _keep(self, batch: Batch, scope: str, record: AnyRecord) -> bool:
         """Tell whether a record is kept although the outbox is full; say once that not all are."""
-        now = self._clock()
         if scope and scope not in self._told:
             self._told.add(scope)
-            batch.appends.append((scope, int(Lane.CONTROL), admit(Notice(now, "warning", OVER_QUOTA))))
+            batch.appends.append(
+                (scope, int(Lane.CONTROL), admit(Notice(self._clock(), "warning", OVER_QUOTA)))
+            )
         if isinstance(record, LogChunk):
             self._dropped[scope] = self._dropped.get(scope, 0) + record.dropped + len(record.lines)
-        if not isinstance(record, Point) or now - self._kept_at.get(scope, 0.0) < OVER_QUOTA_EVERY:
-            return False
-        self._kept_at[scope] = now
-        return True
+        # A point comes here merged already: see `agent.core.merging`.
+        return isinstance(record, Point)
 
-    def _over_quota(self) -> bool:
+    @property
+    def over_quota(self) -> bool:
+        """Whether the backend has not taken more than OUTBOX_MAX_MB of records."""
         return sum(size for _, size in self.backlog.values()) > self._outbox_bytes
 
     async def write(self, batch: Batch, also: Callable[[Tx], None] | None = None) -> None:

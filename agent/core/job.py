@@ -5,6 +5,7 @@ from typing import Literal
 import msgspec
 
 from agent.core.effects import Ask, Effect, EndWorker, Report, StartWorker
+from agent.core.merging import Merge
 from agent.core.outbox import WORD, cut
 from protocol.failures import Evidence, Failure, FailureReason
 from protocol.failures import failure as failed_for
@@ -129,6 +130,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     values: dict[str, float] = {}
     trend: str = ""
     facts: dict[str, str] = {}
+    merge: Merge | None = None
+    """Points that are held back while the outbox is over its quota."""
     estimate: Estimate | None = None
     resume_check: Verified | None = None
     resumed_from: str = ""
