@@ -104,7 +104,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stop_grace_seconds: Annotated[float, Meta(ge=1, le=86_400)] = 120.0
     """How long a stopping agent waits for trainers to save before it kills them."""
     outbox_max_mb: Annotated[int, Meta(ge=1, le=1_000_000)] = 512
-    """Disk for records that the backend has not yet acknowledged; past it old points are thinned out."""
+    """Disk for records that the backend has not yet acknowledged; past it points are merged by tens of seconds, and log lines stay here."""
     trainer_threads: Annotated[int, Meta(ge=0, le=1024)] = 0
     """CPU threads of a trainer; 0 takes OMP_NUM_THREADS, else all cores but one where a job trains on the CPU."""
     devices: tuple[Device, ...] = ()
