@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch.nn.functional import logsigmoid
-from torch.utils.data import SequentialSampler
 from trl import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -34,10 +33,6 @@ class ControlledDPOTrainer(ControlledMixin, DPOTrainer):  # type: ignore[misc]
         self._rewards = torch.zeros(len(MEASURES) + 1, dtype=torch.float32, device=self.args.device)
         """Sums since the last point, and of how many pairs."""
         self._rewards_of_step = torch.zeros_like(self._rewards)
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
-        """Return the rows in their order: Trainer groups by the length of columns that pairs have not."""
-        return SequentialSampler(eval_dataset)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> int:
         """Return the pairs of a step."""

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import msgspec
 import torch
+from torch.utils.data import SequentialSampler
 
 from agent.trainer import healing
 from agent.trainer.batches import ByLength, Feed, Loading, Step, StreamFeed, TableFeed
@@ -96,6 +97,13 @@ class Steps(Saving):
             skipped=self._skips.places,
         )
         return self._feed
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
+        """Return held-out rows in their own order, so that an evaluation sums up the same after a resume.
+
+        Trainer's would group them by length, in an order drawn from the random numbers of training.
+        """
+        return SequentialSampler(eval_dataset)
 
     def _row_lengths(self) -> list[int]:
         return [len(ids) for ids in self.train_dataset["input_ids"]]
