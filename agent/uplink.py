@@ -274,7 +274,7 @@ class JournalUplink:
                 await self._desk.change(
                     message.job_id, lambda job: (job, [order_for(kind, message.command_id, job)])
                 )
-        except (NotPossible, UnknownJob, ValueError) as error:
+        except (NotPossible, UnknownJob, ValueError, OverflowError) as error:
             return CommandDone(now, message.command_id, "refused", str(error))
         return CommandDone(now, message.command_id, "done")
 

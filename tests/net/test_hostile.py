@@ -1,6 +1,8 @@
 """A backend that sends what it should not: the link hangs up and dials again, and the agent lives."""
 
+import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import anyio
@@ -13,7 +15,8 @@ from websockets.typing import Subprotocol
 import agent.net.websocket
 from agent.net.retry import backoff
 from protocol.codec import Codec
-from protocol.messages import SUBPROTOCOLS, Goaway, Hello, Welcome
+from protocol.messages import SUBPROTOCOLS, Command, Desired, Goaway, Hello, HubMessage, Offer, Welcome
+from protocol.worker import Parameters
 from tests.net.backend import (
     CONTROL,
     LOGS,
@@ -30,6 +33,26 @@ from tests.support.programs import KEY, Agent
 
 pytestmark = pytest.mark.anyio
 TREES = [tree_of(message) for message in BY_HUB]
+NASTY: list[HubMessage] = [
+    *(
+        Command(f"c{number}", "send_log", "job", 0.0, {"offset": offset})
+        for number, offset in enumerate((math.inf, -math.inf, math.nan, 1e308, "x", 2**63))
+    ),
+    Command("c9", "retry", "no-such-job", math.nan),
+    *(
+        Desired(job_id, 1, "run", Offer(config))
+        for job_id, config in (
+            ("deep", '{"a":' * 20_000),
+            ("null", "null"),
+            ("../../etc/passwd", "{}"),
+            ("", "{}"),
+            ("\x00", "{}"),
+            ("x" * 256, '{"model": {"name": "../../x"}, "training": {"max_steps": 1e400}}'),
+        )
+    ),
+    Desired("nobody", 2**62, "cancel", checkpoint="/" * 4096, parameters=Parameters(learning_rate=math.nan)),
+]
+"""What a decoder takes and the agent's own rules must refuse."""
 
 
 @pytest.fixture
@@ -40,10 +63,11 @@ def anyio_backend() -> str:
 class Hostile:
     """Greets, sends frames that a decoder takes but nobody would send, and ends with some that none takes."""
 
-    def __init__(self, seed: int, frames: int) -> None:
+    def __init__(self, seed: int, frames: int, first: Sequence[HubMessage] = ()) -> None:
         print(f"seed {seed}")
         self.rng = random.Random(seed)
         self.frames = frames
+        self.first = first
         self.sent = 0
         self.connections = 0
         self.changed = anyio.Event()
@@ -63,7 +87,8 @@ class Hostile:
             hello = codec.decode_agent(await socket.recv())
             assert isinstance(hello, Hello)
             if self.rng.random() < 0.8:
-                await say(codec.encode(Welcome("s", [])))
+                for message in (Welcome("s", []), *self.first):
+                    await say(codec.encode(message))
             for _ in range(self.rng.randrange(self.frames)):
                 frame = fuzz.sound(codec, by_hub=True)
                 if not isinstance(codec.decode_hub(frame), Goaway):
@@ -107,14 +132,14 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 async def test_an_agent_outlives_a_hostile_backend(tmp_path: Path) -> None:
-    hostile = Hostile(random.getrandbits(32), 120)
+    hostile = Hostile(random.getrandbits(32), 120, NASTY)
     backend = Backend()
     async with serving(backend, handler=hostile.converse, answer=lambda socket, request: None):
         program = Agent(tmp_path / "agent", backend.url, BACKEND_TRANSPORT="websocket").start()
         assert program.process is not None
         process = psutil.Process(program.process.pid)
         try:
-            await hostile.until(4)
+            await hostile.until(3)
             assert is_alive(process), program.output[-4000:]
             assert process.memory_info().rss < 600 * 1024**2
             assert backend.requests[0].headers["Authorization"] == f"Bearer {KEY}"
