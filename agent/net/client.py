@@ -1,5 +1,6 @@
 """One HTTP client for the REST side: what may have been done is told from what was surely not done."""
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -98,6 +99,8 @@ class RestClient:
         import httpx
 
         if self._client is None:
+            # A line for every request would be all that is left to read of the agent's log.
+            logging.getLogger("httpx").setLevel(logging.WARNING)
             direct = urlsplit(self.base).hostname in LOOPBACK
             self._client = httpx.AsyncClient(
                 headers=self._headers,

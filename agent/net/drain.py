@@ -69,7 +69,7 @@ class Drain(ABC):
         self._hurry = False
         self._at: dict[Key, int] = {}
         self._last: dict[Key, float] = {}
-        self._aside: dict[str, tuple[float, Iterator[float]]] = {}
+        self._aside: dict[Key | str, tuple[float, Iterator[float]]] = {}
         self._looked = -1e9
 
     def wake(self) -> None:
@@ -115,16 +115,16 @@ class Drain(ABC):
             if self._at.get(key, -1) >= last:
                 continue
             due = self._last.get(key, -1e9) + (0.0 if self._hurry else self.every[key.lane])
-            until = self._aside[key.scope][0] if key.scope in self._aside else 0.0
+            until = self._aside[key][0] if key in self._aside else 0.0
             if max(due, until) > now:
                 wait = min(wait, max(due, until) - now)
                 continue
             try:
                 at = self._at[key] = await self.batch(key)
             except RestError as error:
-                wait = min(wait, self._set_aside(key.scope, error))
+                wait = min(wait, self._set_aside(key, error))
                 continue
-            self._aside.pop(key.scope, None)
+            self._aside.pop(key, None)
             if at < last:
                 # From the top: a state that came meanwhile goes before the rest of a backlog.
                 return 0.0
@@ -143,12 +143,12 @@ class Drain(ABC):
             except RestError as error:
                 self._set_aside(job.job_id, error)
 
-    def _set_aside(self, scope: str, error: RestError) -> float:
-        """Leave a job alone for a while; the others are not to wait for it."""
-        waits = self._aside[scope][1] if scope in self._aside else backoff(first=1.0, cap=ASIDE_MOST)
+    def _set_aside(self, what: Key | str, error: RestError) -> float:
+        """Leave a stream, or the looks at a job, alone for a while; the others are not to wait for it."""
+        waits = self._aside[what][1] if what in self._aside else backoff(first=0.5, cap=ASIDE_MOST)
         pause = next(waits)
         if isinstance(error, Unreached):
             pause += error.retry_after
-        logger.info("job {}: {}; sending again in {:.1f} s", scope or "-", error, pause)
-        self._aside[scope] = (self.clock() + pause, waits)
+        logger.info("{}; sending again in {:.1f} s", error, pause)
+        self._aside[what] = (self.clock() + pause, waits)
         return pause

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import anyio
@@ -148,7 +149,7 @@ class PlatformDrain(Drain):
         for seq, record in records:
             at = seq
             if isinstance(record, Point):
-                row = hosted.row_of(record, await self._schema(record.schema_id))
+                row = hosted.row_of(record, await self._schema(key, record.schema_id))
                 if memo.fresh(row):
                     rows.append(row)
                     memo.holds(row)
@@ -164,11 +165,22 @@ class PlatformDrain(Drain):
         self.sent += len(rows)
         return at
 
-    async def _schema(self, schema_id: int) -> list[str]:
+    async def _schema(self, key: Key, schema_id: int) -> list[str]:
         if schema_id not in self._names:
             text = await self.uplink.noted(f"schema:{schema_id}")
-            self._names[schema_id] = msgspec.json.decode(text, type=list[str]) if text else []
-        return self._names[schema_id]
+            if text:
+                self._names[schema_id] = msgspec.json.decode(text, type=list[str])
+            else:
+                await self._look_ahead(Key(key.epoch, key.scope, Lane.CONTROL))
+        return self._names.get(schema_id, [])
+
+    async def _look_ahead(self, key: Key) -> None:
+        """Learn the names that stand in the control lane, which may be held up."""
+        for _, body in await self.uplink.read(key, 0, READ_BYTES):
+            with suppress(BadMessage):
+                record = decode_record(body) if body is not None else None
+                if isinstance(record, Schema):
+                    self._names[record.schema_id] = record.names
 
     async def _read_points(self, job_id: str, memo: Memo) -> None:
         """Learn which points of ours the platform holds; only its last rows can be news."""

@@ -1,0 +1,113 @@
+"""A backend without our socket: the real agent against the hosted platform as it is, with its faults."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+from tests.support.platform import Platform
+from tests.support.programs import Agent, fake_config, wait_until
+
+
+def ended(platform: Platform, job_id: str, status: str = "completed") -> dict[str, Any]:
+    """Wait until the platform says so, and everything sent; return the row."""
+    row = platform.rows[job_id]
+    wait_until(lambda: row["status"] == status, f"{job_id} to be {status}; it is {row['status']}")
+    return row
+
+
+def trained(platform: Platform, job_id: str) -> list[int]:
+    """Return the steps of the curve in the order in which they were inserted."""
+    return [point["step"] for point in platform.chart(job_id) if point["learning_rate"] is not None]
+
+
+def all_told(platform: Platform, agent: Agent, job_id: str, steps: int) -> None:
+    """Wait for curve and log, have the agent leave, and see each step and each line once and in order."""
+    own = (agent.home / "logs" / f"{job_id}.log").read_text().splitlines()
+
+    def log() -> list[str]:
+        return [line for line in platform.log.get(job_id, []) if not line.startswith("[agent]")]
+
+    wait_until(lambda: len(trained(platform, job_id)) >= steps, f"{steps} points")
+    wait_until(lambda: len(log()) >= len(own), f"{len(own)} lines")
+    assert agent.stop() == 0
+    assert trained(platform, job_id) == list(range(1, steps + 1))
+    assert log() == own
+
+
+def test_a_job_is_polled_claimed_trained_and_told_whatever_goes_wrong(tmp_path: Path) -> None:
+    with Platform() as platform:
+        platform.fault("claim", "lost")
+        platform.fault("metrics", "lost", "gateway")
+        platform.fault("logs", "gateway")
+        platform.fault("status", "lost")
+        platform.fault("jobs", "", "202", "lost")
+        job = platform.submit(fake_config("step=0.03 shout_every=1", steps=150, eval_steps=40))
+        agent = Agent(tmp_path / "agent", platform.url).start()
+        try:
+            row = ended(platform, job)
+            all_told(platform, agent, job, 150)
+            assert row["agent_id"] == (tmp_path / "agent" / "agent_id").read_text().strip()
+            assert (row["total_steps"], row["progress"], row["error_message"]) == (150, 100, None)
+            assert row["started_at"] and row["completed_at"] and row["max_learning_rate"]
+            assert platform.pending_faults() == 0, platform.faulted
+            assert platform.most_writers == 1 and platform.seen["put"] == 0
+            told = platform.agents[row["agent_id"]]
+            assert told["platform"] == "linux" and told["version"] and told["hostname"]
+        finally:
+            agent.stop(signal.SIGKILL)
+
+
+def test_what_is_done_to_a_job_there_is_noticed(tmp_path: Path) -> None:
+    with Platform() as platform:
+        job = platform.submit(fake_config("step=0.1", steps=4000))
+        agent = Agent(tmp_path / "agent", platform.url, POLL_INTERVAL_SECONDS="1").start()
+        try:
+            row = platform.rows[job]
+            wait_until(lambda: platform.chart(job), "the first points")
+            with agent.api() as api:
+
+                def state() -> str:
+                    return str(api.get(f"/api/training/status/{job}").json()["state"])
+
+                row["status"] = "paused"
+                wait_until(lambda: state() == "paused", "the pause to be obeyed")
+                row["status"] = "running"
+                wait_until(lambda: state() == "running", "the job to go on")
+                polls = platform.seen["poll"]
+                wait_until(lambda: platform.seen["poll"] > polls + 2, "polls while a job runs")
+                other = platform.submit(fake_config(steps=5))
+                row["status"] = "cancelled"
+                wait_until(lambda: state() == "cancelled", "the cancel to be obeyed")
+            ended(platform, other)
+            all_told(platform, agent, other, 5)
+            assert row["status"] == "cancelled" and ("cancelled", 1) not in platform.patches
+            assert platform.rows[other]["claimed_at"] is not None
+        finally:
+            agent.stop(signal.SIGKILL)
+
+
+def test_an_agent_that_is_killed_doubles_nothing_and_loses_nothing(tmp_path: Path) -> None:
+    with Platform() as platform:
+        # Every batch is stored, and the agent hears of none for a while: each kill falls on something in doubt.
+        platform.fault("metrics", *["lost", ""] * 6)
+        platform.fault("logs", *["lost", ""] * 3)
+        job = platform.submit(fake_config("step=0.04 shout_every=1", steps=200, save_steps=20))
+        agent = Agent(tmp_path / "agent", platform.url)
+        try:
+            for part in (30, 80, 130):
+                agent.start()
+                wait_until(lambda part=part: len(trained(platform, job)) >= part, f"{part} points")
+                agent.stop(signal.SIGKILL)
+            polls = platform.seen["poll"]
+            agent.start()
+            ended(platform, job)
+            wait_until(lambda: len(trained(platform, job)) >= 200, "the whole curve")
+            wait_until(lambda: platform.seen["poll"] > polls + 3, "the agent to be up")
+            assert agent.stop() == 0
+            assert trained(platform, job) == list(range(1, 201))
+            own = (agent.home / "logs" / f"{job}.log").read_text().splitlines()
+            said = [line for line in platform.log[job] if not line.startswith("[agent]")]
+            assert said == own[: len(said)], "lines doubled, lost or out of order"
+            assert "failed" not in [status for _, status in platform.patches]
+        finally:
+            agent.stop(signal.SIGKILL)
