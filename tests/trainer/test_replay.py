@@ -1,6 +1,7 @@
 """A resume is checked by replaying the steps before it in a process beside."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,14 @@ def test_what_cannot_be_replayed_is_said(jobs: Jobs, change: dict[str, Any], cla
 
 def test_a_pause_ends_the_check_at_once(jobs: Jobs) -> None:
     jobs.run("job", {5: [Pause()]}, training=TRAINING)
+    checking = checking_of(jobs)
+    checking.on_step_end(None, None, None)
+    checking.drop()
+    assert checking._process is not None
+    assert checking._process.returncode == -signal.SIGKILL
+    assert not (jobs.checkpoints() / REPLAY).exists()
+    # And in a run that is paused in the middle of it nothing is said of it.
     line = resumed(jobs, script={7: [Pause()]})
     assert isinstance(line.last, Left)
     assert not line.of(Verified)
     assert not line.of(Note)
-    assert not (jobs.checkpoints() / REPLAY).exists()

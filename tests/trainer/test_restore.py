@@ -1,13 +1,16 @@
 """Which checkpoint a job goes on from, and one that begins with another job's."""
 
+from pathlib import Path
+
 import msgspec
 import pytest
 
 from agent.trainer import run
-from agent.trainer.checkpoint import Ancestor, verify
+from agent.trainer.checkpoint import Ancestor, Found, make_manifest, verify
 from agent.trainer.errors import TrainerError
+from agent.trainer.restore import lineage
 from protocol.failures import FailureReason
-from protocol.jobspec import BranchSpec, LoraSpec
+from protocol.jobspec import BranchSpec, JobSpec, LoraSpec, ModelSpec
 from protocol.worker import Cancel, Finished, Note, Parameters, Pause, Ready
 from tests.trainer.conftest import Jobs, RecordingLine, curve
 
@@ -21,7 +24,7 @@ def branched(
     parent = str(jobs.checkpoints("run-1") / f"step-{step}")
     start = msgspec.structs.replace(start, workspace=msgspec.structs.replace(start.workspace, branch=parent))
     line = RecordingLine(dict(script or {}))
-    assert run.train(start, line) == 0
+    assert run.train(start, line, reports_beside=False) == 0
     return line
 
 
@@ -39,6 +42,17 @@ def test_a_branch_with_nothing_changed_ends_as_its_parent(jobs: Jobs) -> None:
     theirs = verify(jobs.checkpoints("run-1") / "step-4").manifest
     assert mine.lineage == [Ancestor("run-1", "step-4", 4, theirs.check)]
     assert mine.job_id == "run-2"
+
+
+def test_a_branch_of_a_branch_names_both() -> None:
+    spec = JobSpec(job_id="run-3", model=ModelSpec(name="m"), branch=BranchSpec(job_id="run-2"))
+    older = Ancestor("run-1", "step-4", 4, "a")
+    manifest = make_manifest("run-2", 6, 1.0, 1, "schedule")
+    found = Found(Path("/c/run-2/step-6"), msgspec.structs.replace(manifest, lineage=[older], check="b"), 1)
+    assert lineage(found, spec) == [older, Ancestor("run-2", "step-6", 6, "b")]
+    own = msgspec.structs.replace(manifest, job_id="run-3", lineage=[older])
+    assert lineage(Found(Path("/c/run-3/step-8"), own, 1), spec) == [older]
+    assert lineage(None, spec) == []
 
 
 def test_a_branch_goes_its_own_way_and_on_from_its_own_checkpoints(jobs: Jobs) -> None:
