@@ -261,6 +261,8 @@ class Launching:
             save_steps=settings.checkpoint_interval_steps,
             hub=settings.allow_hub,
             verify_resume=settings.verify_resume,
+            background_saves=settings.background_saves,
+            compress_checkpoints=settings.compress_checkpoints,
         )
 
     def env(self, device: str) -> dict[str, str]:

@@ -53,6 +53,8 @@ OTHER = {
     "STALL_FACTOR": "2.5",
     "STALL_MIN_SECONDS": "9",
     "VERIFY_RESUME": "3",
+    "BACKGROUND_SAVES": "no",
+    "COMPRESS_CHECKPOINTS": "yes",
     "BAD_KEY_SLEEP": "60",
     "BACKEND_TRANSPORT": "poll",
     "POLL_INTERVAL_SECONDS": "20",
