@@ -8,13 +8,11 @@ from tests.matrix import Bench, Cell, cells
 from tests.trainer.conftest import RecordingLine
 
 FEW = (
-    "sft full, float32",
     "sft DoRA, int8",
     "sft rsLoRA, fp4",
     "cpt LoRA, nf4, double",
     "dpo full, float32",
     "dpo LoRA, nf4",
-    "dpo LoRA, int8",
 )
 ALL = {cell.name: cell for cell in cells()}
 
