@@ -13,7 +13,7 @@ from agent.trainer.checkpoint import MANIFEST, Checkpoints, Found, Manifest, _re
 from agent.trainer.inbox import Inbox
 from agent.trainer.restore import REPLAY
 from protocol.jobspec import LoraSpec
-from protocol.worker import Left, Note, Pause, Verified
+from protocol.worker import Left, Note, Parameters, ParametersSet, Pause, SetParameters, Verified
 from tests.trainer.conftest import Jobs, RecordingLine
 
 TRAINING = {"save_steps": 2, "max_steps": 10}
@@ -87,6 +87,20 @@ def test_without_an_earlier_checkpoint_it_goes_from_the_beginning(jobs: Jobs) ->
     verdict = replay.replay(request, os.getppid()).verdict
     assert verdict is not None
     assert verdict.equal
+
+
+def test_a_live_parameter_is_set_again_at_its_step(jobs: Jobs) -> None:
+    told = jobs.run(
+        "job", {4: [SetParameters(Parameters(learning_rate=1e-3))], 7: [Pause()]}, training=TRAINING
+    )
+    (taken,) = told.of(ParametersSet)
+    applied = [(taken.step, taken.parameters)]
+    request = request_of(jobs, k=4, applied=applied, parameters=taken.parameters)
+    assert (request.first, request.last) == (5, 8)
+    assert request.first < taken.step <= request.last
+    verdict = replay.replay(request, os.getppid()).verdict
+    assert verdict is not None
+    assert verdict.equal, verdict.detail
 
 
 @pytest.mark.parametrize(
