@@ -263,8 +263,8 @@ def test_a_slip_in_a_setting_is_one_sentence_and_code_3(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_full_disk_fails_the_job_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
-    """On a file system of 24 MiB of its own, in a mount namespace, where the kernel lets us make one."""
+def test_a_full_disk_pauses_the_job_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    """On a file system of 48 MiB of its own, in a mount namespace, where the kernel lets us make one."""
     command = [sys.executable, "-m", "tests.support.small_disk", str(tmp_path)]
     from tests.support.programs import ROOT, clean_env
 
@@ -279,6 +279,7 @@ def test_a_full_disk_fails_the_job_and_keeps_the_last_good_checkpoint(tmp_path: 
     )
     assert done.returncode == 0, done.stdout + done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
-    assert said["reason"] == "disk_full" and "full" in said["error"].lower(), said
+    assert said["by"] == "disk" and "MB are needed" in said["detail"], said
+    assert any("no room" in note["text"] for note in said["notes"]), said
     assert said["good"], said
-    assert said["resumed"] == "completed"
+    assert (said["attempt"], said["step"]) == (2, 150), said

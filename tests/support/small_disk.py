@@ -1,11 +1,12 @@
 """A job whose checkpoints lie on a small disk that fills up; run in a mount namespace of its own.
 
-Prints one JSON line: how the job failed, the checkpoints that are left, and how it ended once there was room.
+Prints one JSON line: for what the job paused, the checkpoints that are left, and how it ended once there was room.
 """
 
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from tests.support.programs import together, wait_until
@@ -15,7 +16,7 @@ from tests.trainer.conftest import build_model, build_tokenizer, chat_rows, writ
 def main(folder: Path) -> None:
     disk = folder / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(disk)], check=True)
     tokenizer = build_tokenizer()
     build_model(folder / "agent" / "models" / "tiny", len(tokenizer))
     tokenizer.save_pretrained(str(folder / "agent" / "models" / "tiny"))
@@ -23,31 +24,36 @@ def main(folder: Path) -> None:
     config = {
         "model": {"name": "tiny"},
         "training": {
-            "max_steps": 40,
+            "max_steps": 150,
             "batch_size": 2,
             "max_length": 64,
             "learning_rate": 1e-3,
             "save_steps": 4,
-            "save_total_limit": 100,
+            "save_total_limit": 3,
         },
     }
     with together(folder, fake=False, CHECKPOINTS_DIR=str(disk)) as (hub, _):
         ballast = disk / "ballast"
-        ballast.write_bytes(b"\0" * (21 << 20))
         job = hub.submit(config, "chat.jsonl")
-        failed = hub.wait_state(job, "failed", "paused")
+        hub.wait_step(job, 12)
+        with ballast.open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(b"\0" * (1 << 18))
+        paused = hub.wait_state(job, "paused")
         good = sorted(path.name for path in (disk / job).glob("step-*"))
         ballast.unlink()
-        hub.control(job, "retry" if failed["state"] == "failed" else "resume")
+        # Nobody resumes it: the agent sees that there is room again.
         wait_until(lambda: hub.status(job)["state"] == "completed", "the job's end")
-        failure = failed["failure"] or {"reason": failed["by"]}
+        ended = hub.status(job)
         print(
             json.dumps(
                 {
-                    "reason": failure["reason"],
-                    "error": failed["error"] or failed["detail"],
+                    "by": paused["by"],
+                    "detail": paused["detail"],
+                    "notes": paused["notes"],
                     "good": good,
-                    "resumed": hub.status(job)["state"],
+                    "attempt": ended["attempt"],
+                    "step": ended["current_step"],
                 }
             )
         )
