@@ -81,7 +81,12 @@ class Guard:
 
     async def seen(self, job_id: str, attempt: int) -> Seen:
         """Return what was seen of the machine, and of the trainer where it was ended for standing still."""
-        seen = await self._witness.seen(job_id)
+        try:
+            seen = await self._witness.seen(job_id)
+        except OSError as error:
+            # The end itself must be taken in, whatever the machine does not tell of it.
+            logger.warning("job {}: the machine could not be looked at: {}", job_id, error)
+            seen = Seen()
         ended = self._ended.pop((job_id, attempt), None)
         return with_stack(seen, *ended) if ended is not None else seen
 

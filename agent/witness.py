@@ -64,17 +64,17 @@ class Witness:
 
     async def look(self) -> Shortage | None:
         """Look at the machine; return which trainer is to be paused for its memory, if any."""
-        training = {
+        working = {
             job_id: identity
             for job_id, identity in self._desk.supervisor.alive().items()
-            if self._desk.jobs[job_id].state is JobState.RUNNING
+            if self._desk.jobs[job_id].state in (JobState.PREPARING, JobState.RUNNING)
         }
         now, before = self._clock(), self.newest
         self._looks += 1
         close = before.available < CLOSER * self._reserve or self._looks % SELDOM == 1
 
         def read() -> tuple[hostmem.Memory, dict[str, int], int, list[devices.GpuFault]]:
-            held = {job_id: hostmem.held_by(identity) for job_id, identity in training.items() if close}
+            held = {job_id: hostmem.held_by(identity) for job_id, identity in working.items() if close}
             return self._memory(), held, hostmem.oom_kills(), devices.faults()
 
         self.newest, held, kills, faults = await anyio.to_thread.run_sync(read)

@@ -274,6 +274,16 @@ def test_a_failure_is_told_with_the_log_without_its_secrets(tmp_path: Path, driv
     run(test, tmp_path, job(S.RUNNING, device="0"))
 
 
+def test_an_end_is_taken_in_also_where_the_machine_cannot_be_looked_at(tmp_path: Path) -> None:
+    async def test(desk: JobDesk) -> None:
+        machine = Machine(desk, tmp_path)
+        (machine.settings.logs_dir / "j.log").mkdir()
+        await hear(desk, machine, exited(signal.SIGSEGV))
+        assert desk.job("j").state is S.QUEUED
+
+    run(test, tmp_path, job(S.RUNNING))
+
+
 def test_logs_that_the_owner_keeps_are_no_evidence(tmp_path: Path) -> None:
     async def test(desk: JobDesk) -> None:
         machine = Machine(desk, tmp_path, SHARE_LOGS="false")
