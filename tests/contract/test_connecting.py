@@ -186,16 +186,22 @@ async def _still_owns(line: Line) -> None:
 def test_c13_a_late_dial_does_not_take_over(backend: Backend) -> None:
     async def main() -> None:
         agent = Someone(boot=7, attempt=40)
+
+        async def late(boot: int, attempt: int) -> None:
+            old = Someone(agent.agent_id, boot=boot, attempt=attempt - 1, epoch=agent.epoch)
+            async with backend.line(old) as line:
+                await line.say(old.hello(old.head(1, last=1)))
+                code, reason = await line.closed()
+                assert code == 4008
+                assert "7" in reason and "41" in reason, reason
+                assert not any(isinstance(one, Welcome) for one in line.heard)
+
         async with backend.greeted(agent, agent.head(1, last=1)) as (owner, _):
-            for boot, attempt in ((7, 41), (7, 3), (6, 99)):
-                late = Someone(agent.agent_id, boot=boot, attempt=attempt - 1, epoch=agent.epoch)
-                async with backend.line(late) as line:
-                    await line.say(late.hello(late.head(1, last=1)))
-                    code, reason = await line.closed()
-                    assert code == 4008
-                    assert "7" in reason and "41" in reason, reason
-                    assert not any(isinstance(one, Welcome) for one in line.heard)
+            for pair in ((7, 41), (7, 3), (6, 99)):
+                await late(*pair)
             await _still_owns(owner)
+        # Nor while the owner is away for a moment.
+        await late(7, 40)
 
     anyio.run(main)
 
