@@ -29,6 +29,8 @@ ORIGIN = "resumed-from.json"
 STAGING, DOOMED = ".staging-", ".doomed-"
 PINNED = ".pinned-"
 """Before the name of a checkpoint: the file that says it must stay (`agent.runtime.workspace` makes and removes it)."""
+ASIDE = "kept-"
+"""Before the name of one that was pinned or read when its step came again: never listed, and never deleted."""
 JOB_MARKER = ".training-agent-job"
 """The agent's own file in the folder; without it the folder would count as somebody else's."""
 _PREFIX = "step-"
@@ -136,11 +138,25 @@ class Checkpoints:
             for path in [*staging.rglob("*"), staging]:
                 if path.is_dir():
                     sync_folder(path)
+            self._put_aside(final)
             replace_folder(staging, final)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
         return Found(final, sealed, sum(record.size for record in files.values()))
+
+    def _put_aside(self, path: Path) -> None:
+        """Give a checkpoint that must stay another name, where a run that went back comes to its step again."""
+        pin = self.folder / f"{PINNED}{path.name}"
+        if not path.exists():
+            return
+        with _alone(path) as alone:
+            if alone and not pin.exists():
+                return
+        aside = self.folder / f"{ASIDE}{path.name}-attempt-{_attempt(path)}"
+        if not aside.exists():
+            path.rename(aside)
+            pin.unlink(missing_ok=True)
 
     def restore(self) -> bool:
         """Make the folder again if it has vanished; return whether it had."""

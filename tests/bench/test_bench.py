@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import latency
+from tests.bench import compression, latency, saving
 from tests.bench.__main__ import main
 from tests.bench.figures import at_least, at_most, percentile
 from tests.bench.suite import BENCHMARKS
@@ -35,6 +35,25 @@ def test_one_that_breaks_does_not_take_the_others_along(
     assert main(["start", "idle"]) == 1
     said = capsys.readouterr()
     assert "idle_cpu" in said.out and "could not be measured: start" in said.err
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def test_saves_are_measured_on_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "MODEL", SMALL)
+    figure = saving.save(tmp_path, runs=1, saves=2)["save"].public()
+    assert figure["saves"] == 2
+    assert 0 < figure["stall_ms"] <= figure["worst_ms"] and figure["synchronous_ms"] > 0
+
+
+def test_compression_is_measured_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compression, "MODEL", SMALL)
+    monkeypatch.setattr(compression, "LEVELS", (1,))
+    figures = compression.compress(tmp_path, steps=2, megabytes=1)
+    assert len(figures) == 4
+    noise = figures["compress_weights_bf16_normal_level1"].public()
+    assert 0.6 < noise["value"] < 0.75 < noise["ungrouped"] < 0.85
 
 
 def test_figures_and_their_targets() -> None:

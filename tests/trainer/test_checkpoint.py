@@ -197,6 +197,22 @@ def test_the_pinned_and_the_one_being_read_stay(store: Checkpoints) -> None:
     assert steps(store) == [5]
 
 
+def test_one_that_must_stay_gets_another_name_when_its_step_comes_again(store: Checkpoints) -> None:
+    pinned, read = save(store, 4), save(store, 5)
+    workspace.pin(store.folder, "step-4")
+    again = save(store, 4, attempt=2, content=b"another")
+    with reading(read.path):
+        save(store, 5, attempt=2)
+    assert verify(store.folder / "kept-step-4-attempt-1").manifest == pinned.manifest
+    assert verify(store.folder / "kept-step-5-attempt-1").manifest == read.manifest
+    assert verify(store.path(4)) == again
+    # It is the other one that was pinned.
+    assert workspace.pinned(store.folder) == set()
+    store.retain(0)
+    assert steps(store) == []
+    assert len(list(store.folder.glob("kept-*"))) == 2
+
+
 def test_one_that_this_process_reads_stays_too(store: Checkpoints) -> None:
     save(store, 1)
     save(store, 2)
