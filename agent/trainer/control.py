@@ -4,6 +4,7 @@ Everything happens at the step boundary, where Trainer would log, evaluate and s
 whole.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +20,9 @@ from agent.trainer.inbox import Leaving
 from agent.trainer.live import set_parameters
 from agent.trainer.progress import Place
 from agent.trainer.randomness import unmoved
+from agent.trainer.reporter import Reporter
 from agent.trainer.saving import Job
-from agent.trainer.steps import Steps
+from agent.trainer.steps import Bad, Steps
 from protocol.worker import Note, Parameters
 
 
@@ -38,12 +40,25 @@ class _Begin(TrainerCallback):  # type: ignore[misc]
 class ControlledMixin(Steps):
     """Goes before one of TRL's trainers in the list of bases."""
 
+    measures_late = False
+    """Whether a point is made of nothing that the next step changes, and so can be made while that one runs."""
+
     def __init__(self, *args: Any, job: Job, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.job = job
         self._start_counting()
         self._start_stepping()
+        self._reporter = Reporter()
+        self._reports_beside = job.reports_beside and self.measures_late
         self.add_callback(_Begin(self._begin))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            # Nothing is said after the last word. A bad step is no matter any more where the process leaves.
+            with contextlib.suppress(Bad):
+                self._reporter.flush()
 
     # Called by Trainer
 
@@ -115,13 +130,14 @@ class ControlledMixin(Steps):
         ending = self.control.should_training_stop or inbox.stop
         pointed = ending or step % schedule.logging_steps == 0
         weighed = bool(schedule.evaluates(step, float(self.state.epoch)) or inbox.evaluations)
-        if pointed or weighed or inbox.leaving or inbox.saves or step % schedule.save_steps == 0:
+        kept = bool(inbox.leaving or inbox.saves or step % schedule.save_steps == 0)
+        if pointed and not (weighed or ending or kept) and self._reports_beside:
+            self._report_beside(learning_rate)
+            return
+        values: dict[str, float] = {}
+        if pointed or weighed or kept:
             # Nothing is told, and nothing kept, of a step that should not have been made.
-            bad = self._first_bad()
-            if bad is not None:
-                self._say_point(step, self._measure(learning_rate))
-                raise self._answer_to(bad)
-        values = self._measure(learning_rate) if pointed else {}
+            values = self._report_at_once(learning_rate, pointed=pointed)
         done = True
         if self.eval_dataset is not None and (weighed or ending):
             done = self._evaluate_at(step, values)
@@ -142,9 +158,42 @@ class ControlledMixin(Steps):
         if ending:
             self.control.should_training_stop = True
 
+    def _report_beside(self, learning_rate: float) -> None:
+        """Have this step's point made in another thread: it is that one which waits for the device."""
+        if self._reporter.failed:
+            self._settle_reports()
+        at, done = self._moment(learning_rate), self._taken_trail()
+
+        def report() -> None:
+            bad = self._first_bad(done)
+            self._say_point(at.step, self._measure(at), at)
+            if bad is not None:
+                raise bad
+
+        self._reporter.give(report)
+
+    def _report_at_once(self, learning_rate: float, *, pointed: bool) -> dict[str, float]:
+        """Return this step's values, if it has a point. Raises what a bad step is answered with."""
+        self._settle_reports()
+        bad = self._first_bad(self._taken_trail())
+        if bad is not None:
+            at = self._moment(learning_rate)
+            self._say_point(at.step, self._measure(at), at)
+            raise self._answer_to(bad)
+        return self._measure(self._moment(learning_rate)) if pointed else {}
+
+    def _settle_reports(self) -> None:
+        """Wait for the points that are being made. Raises what a bad step is answered with."""
+        try:
+            self._reporter.flush()
+        except Bad as bad:
+            raise self._answer_to(bad) from None
+
 
 class ControlledSFTTrainer(ControlledMixin, SFTTrainer):  # type: ignore[misc]
     """Supervised fine-tuning, and continued pre-training on plain text."""
+
+    measures_late = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

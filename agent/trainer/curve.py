@@ -8,6 +8,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +36,21 @@ a fast step more than all the rest of its report."""
 
 class _PutOff(Exception):
     """An evaluation was given up because the process must leave."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The end of a step, as far as its point needs it."""
+
+    step: int
+    epoch: float
+    time: float
+    clock: float
+    """Of time.monotonic."""
+    tokens: int
+    """Since the last point."""
+    samples: int
+    learning_rate: float
 
 
 class Curve(_Trainer):  # type: ignore[misc]
@@ -84,35 +100,44 @@ class Curve(_Trainer):  # type: ignore[misc]
             self._tokens += inputs["input_ids"].numel()
             self._samples += inputs["cu_seq_lens_q"].numel() - 1
 
-    def _measure(self, learning_rate: float) -> dict[str, float]:
+    def _moment(self, learning_rate: float) -> Moment:
+        """Take down what this step's point is made of, apart from what is still on the device."""
+        tokens, samples = self._tokens, self._samples
+        self._tokens = self._samples = 0
+        epoch = float(self.state.epoch or 0.0)
+        return Moment(
+            self.state.global_step, epoch, time.time(), time.monotonic(), tokens, samples, learning_rate
+        )
+
+    def _measure(self, at: Moment) -> dict[str, float]:
         """Return the train values since the last point, and count them."""
         progress = self.job.progress
         loss = progress.window_loss / max(1, progress.window_steps)
-        seconds = max(1e-9, time.monotonic() - self._window_began)
+        seconds = max(1e-9, at.clock - self._window_began)
         values = {
             "train_loss": loss,
             "train_perplexity": perplexity(loss),
-            "learning_rate": learning_rate,
-            "samples_per_second": self._samples / seconds,
-            "tokens_per_second": self._tokens / seconds,
+            "learning_rate": at.learning_rate,
+            "samples_per_second": at.samples / seconds,
+            "tokens_per_second": at.tokens / seconds,
         }
         if self._norm is not None:
             values["grad_norm"] = self._norm
         values |= self._extra()
         progress.add_train_loss(loss)
-        progress.tokens_seen += self._tokens
+        progress.tokens_seen += at.tokens
         progress.window_loss, progress.window_steps = 0.0, 0
-        self._tokens = self._samples = 0
-        self._window_began = time.monotonic()
+        self._window_began = at.clock
         return values
 
-    def _say_point(self, step: int, values: dict[str, float]) -> None:
+    def _say_point(self, step: int, values: dict[str, float], at: Moment | None = None) -> None:
         """Send one point of the curve with the counters that belong to each."""
         progress = self.job.progress
-        now = time.monotonic()
+        now = at.clock if at is not None else time.monotonic()
         done = step - self._start_step
         total = max(1, self.state.max_steps)
-        epoch = float(self.state.epoch or 0.0)
+        epoch = at.epoch if at is not None else float(self.state.epoch or 0.0)
+        wall = at.time if at is not None else time.time()
         common = {
             "epoch": epoch,
             "progress": 100.0 * step / total,
@@ -127,7 +152,7 @@ class Curve(_Trainer):  # type: ignore[misc]
             common["best_eval_loss"] = progress.best_eval_loss
             common["best_step"] = float(progress.best_step)
             common["best_epoch"] = progress.best_epoch
-        self.job.inbox.line.say(Metrics(step, epoch, time.time(), {**common, **values}, progress.trend()))
+        self.job.inbox.line.say(Metrics(step, epoch, wall, {**common, **values}, progress.trend()))
         if now - self._logged_at >= LOG_EVERY or "eval_loss" in values or step >= self.state.max_steps:
             self._logged_at = now
             shown = ", ".join(

@@ -13,6 +13,7 @@ from trl import DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from agent.trainer.control import ControlledMixin
+from agent.trainer.curve import Moment
 
 SMOOTHING = 0.1
 """The share of pairs that the loss "robust" takes to be labelled the wrong way round; with none it is "sigmoid"."""
@@ -110,9 +111,10 @@ class ControlledDPOTrainer(ControlledMixin, DPOTrainer):  # type: ignore[misc]
         super()._store_counters()
         self.job.progress.window_measures = self._rewards.tolist()
 
-    def _say_point(self, step: int, values: dict[str, float]) -> None:
+    def _say_point(self, step: int, values: dict[str, float], at: Moment | None = None) -> None:
         # Of a loss that is no negative log-likelihood there is no perplexity.
-        super()._say_point(step, {name: value for name, value in values.items() if "perplexity" not in name})
+        shown = {name: value for name, value in values.items() if "perplexity" not in name}
+        super()._say_point(step, shown, at)
 
     def _row_lengths(self) -> list[int]:
         columns = self.train_dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])

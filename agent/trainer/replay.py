@@ -303,7 +303,7 @@ def replay(request: Request, parent: int) -> Outcome:
     from agent.trainer import run
 
     line = _Silence(request.last, parent)
-    run.train(request.start, line, line.inbox)
+    run.train(request.start, line, line.inbox, reports_beside=False)
     made = Path(request.start.workspace.checkpoints) / Path(request.target).name
     if not made.is_dir():
         told = line.notes[-1] if line.notes else ""

@@ -27,15 +27,18 @@ FLUSH_LIMIT = 60.0
 """Seconds that the end of a job waits for the agent to take down its last events."""
 
 
-def train(start: Start, line: Any, inbox: Inbox | None = None) -> int:
-    """Run a job to its end, or to where it is told to leave; return the exit code. Raises TrainerError."""
+def train(start: Start, line: Any, inbox: Inbox | None = None, *, reports_beside: bool = True) -> int:
+    """Run a job to its end, or to where it is told to leave; return the exit code. Raises TrainerError.
+
+    ``reports_beside`` is False where whoever answers on the line counts the steps by their points.
+    """
     inbox = inbox or Inbox(line)
     if line.parent_gone:
         # The agent died while this process was on its way here. Its folders may be another's by now.
         line.say(Left("parent_lost", 0))
         return 0
     try:
-        _Run(start, inbox).go()
+        _Run(start, inbox, reports_beside).go()
     except Leaving as leaving:
         line.say(Left(leaving.why, leaving.step))
     except NoRoom as full:
@@ -60,8 +63,9 @@ class _Ground:
 class _Run:
     """One attempt at a job."""
 
-    def __init__(self, start: Start, inbox: Inbox) -> None:
+    def __init__(self, start: Start, inbox: Inbox, reports_beside: bool) -> None:
         self.start = start
+        self.reports_beside = reports_beside
         self.spec: JobSpec = start.spec
         self.inbox = inbox
         self.checkpoints = Checkpoints(Path(start.workspace.checkpoints), start.spec.job_id)
@@ -155,6 +159,7 @@ class _Run:
             versions=fingerprints.versions(),
             resumed_from=found,
             stop_at_once=start.stop_at_once,
+            reports_beside=self.reports_beside,
             limits=start.limits,
             load_best_at_end=spec.training.load_best_at_end,
             lineage=restore.lineage(found, spec),

@@ -57,6 +57,8 @@ class Job:
     versions: dict[str, str] = field(default_factory=dict)
     resumed_from: Found | None = None
     stop_at_once: bool = False
+    reports_beside: bool = True
+    """Whether points are made and sent in a thread of their own."""
     before: Callable[[Any], None] = lambda trainer: None
     """Called with the trainer before the first step ever."""
     limits: Limits = field(default_factory=Limits)

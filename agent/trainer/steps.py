@@ -44,8 +44,8 @@ class Done:
     rows: list[int]
 
 
-@dataclass(frozen=True)
-class Bad:
+@dataclass(eq=False)
+class Bad(Exception):
     """A finished step that should not have been made."""
 
     step: Done
@@ -158,6 +158,9 @@ class Steps(Saving):
         self._close_step(learning_rate)
 
     def _close_step(self, learning_rate: float) -> None:
+        raise NotImplementedError
+
+    def _settle_reports(self) -> None:
         raise NotImplementedError
 
     def _apply(self, step: Step) -> None:
@@ -278,6 +281,7 @@ class Steps(Saving):
             self._say_fresh(
                 f"Memory ran out at step {number} with a single row, which had fitted before ({words})."
             )
+            self._settle_reports()
             self._save_now([("fresh_process", "")])
             raise Leaving("fresh_process", self.state.global_step)
         where = "device's" if reason is FailureReason.DEVICE_MEMORY else "machine's"
@@ -295,9 +299,12 @@ class Steps(Saving):
 
     # Steps that went wrong
 
-    def _first_bad(self) -> Bad | None:
-        """Bring the figures of the steps since the last look over from the device, and judge each."""
+    def _taken_trail(self) -> list[Done]:
         done, self._trail = self._trail, []
+        return done
+
+    def _first_bad(self, done: list[Done]) -> Bad | None:
+        """Bring the figures of steps over from the device, and judge each."""
         if not done:
             return None
         progress = self.job.progress

@@ -277,14 +277,19 @@ class Jobs:
         return Start(spec=spec, workspace=workspace, limits=limits, **{"attempt": 1, **changes})
 
     def run(
-        self, name: str = "job", script: dict[int, list[Any]] | None = None, delay: int = 0, **changes: Any
+        self,
+        name: str = "job",
+        script: dict[int, list[Any]] | None = None,
+        delay: int = 0,
+        beside: bool = False,
+        **changes: Any,
     ) -> RecordingLine:
         """Run an attempt to its end and return what it said. Raises what the trainer raises."""
         from agent.trainer import run
 
         line = RecordingLine(dict(script or {}), delay)
         self.line = line
-        assert run.train(self.start(name, **changes), line) == 0
+        assert run.train(self.start(name, **changes), line, reports_beside=beside) == 0
         return line
 
     def checkpoints(self, name: str = "job") -> Path:

@@ -59,7 +59,7 @@ def act(
     """Run a job while something is done to it."""
     line = Acting(dict(script or {}), acts)
     jobs.line = line
-    assert run.train(jobs.start("job", **changes), line) == 0
+    assert run.train(jobs.start("job", **changes), line, reports_beside=False) == 0
     return line
 
 
