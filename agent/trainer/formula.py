@@ -13,8 +13,8 @@ from protocol.jobspec import JobSpec, LoraSpec, Method, Quantization
 GB = 1 << 30
 TILE_TOKENS, TILE_WORDS = 4096, 32768
 """Largest piece of the logits that TRL's fused head holds at once."""
-TILES_BACK, TILES_FORTH = 7.5, 4.0
-"""Copies of that piece that the head makes without Triton, with gradients and without."""
+TILES_BACK, TILES_FORTH = 7.0, 3.0
+"""Copies in float32 that the head makes of it without Triton, with gradients and without (measured)."""
 HOLES = 1.4
 """Resident bytes for each byte of activations on a CPU: blocks that are freed leave holes (glibc, measured)."""
 
@@ -162,29 +162,35 @@ def _per_token(at: Situation, text: Any, wide: int, length: int) -> float:
     head_size = int(getattr(text, "head_dim", None) or hidden // heads)
     inner = getattr(text, "intermediate_size", None) or 4 * hidden
     inner = int(max(inner) if isinstance(inner, list | tuple) else inner)
-    # Queries and what attention gives, for the score and for the projection; keys and values.
-    attention = 3 * heads * head_size + 2 * kv_heads * head_size
-    # Around each norm: the stream, the normed, and the weighted if the norm is trained.
-    norms = (6 if at.spec.lora is None else 4) * hidden
-    words = norms + attention + 4 * inner
+    lora, queries, keys = at.spec.lora, heads * head_size, kv_heads * head_size
+    # Queries, keys, values and what attention gives.
+    attention = 2 * queries + 2 * keys
+    # Around each norm: the stream, the normed, and the weighted, if the norm is trained.
+    norms = (6 if lora is None else 4) * hidden
     extra = 0.0
+    if lora is not None:
+        given, made = 4 * hidden + queries + inner, 2 * (hidden + inner + keys) + queries
+        extra += 7 * lora.r * wide
+        extra += given * (wide + 1) if lora.dropout else 0
+        extra += 2 * made * wide if lora.use_dora else 0
+        held = at.spec.model.quantization
+        extra += given * 2 if held is not None and held.bits == 8 else 0
     if wide == 2:
         extra += 2 * hidden * 4  # norms compute in float32
-    if at.spec.lora is not None:
-        extra += 4 * hidden * wide + (0 if wide == 4 else 2 * (hidden + inner))
-    if at.precision.weights.itemsize == 4 and wide == 2:
-        extra += 2 * hidden * 4
+        # Beside float32 weights the 16-bit forms of what goes into each product are kept as well.
+        extra += 30 * hidden if at.precision.weights.itemsize == 4 else 0
     if (getattr(at.config, "_attn_implementation", None) or "sdpa") == "eager":
         extra += heads * length * (2 * wide + 4)
     elif at.spec.training.packing and not at.on_cuda:
         extra += at.spec.training.batch_size * length * 4  # the mask that keeps documents apart
-    return words * wide + extra
+    return (norms + attention + 4 * inner) * wide + extra
 
 
 def _head(at: Situation, text: Any, tokens: float, wide: int, tiles: float) -> float:
     """Return the bytes of the head over the vocabulary: a tile of the logits at a time."""
-    tile = min(tokens, TILE_TOKENS) * min(int(text.vocab_size), TILE_WORDS)
-    return tile * (wide if at.on_cuda else 4 * tiles)
+    rows = min(tokens, TILE_TOKENS)
+    copies = 0.0 if at.on_cuda else 4 * tiles * min(int(text.vocab_size), TILE_WORDS)
+    return rows * (TILE_WORDS * wide + copies)  # its buffer is as wide for a small vocabulary
 
 
 def _trained_head(at: Situation, text: Any) -> float:

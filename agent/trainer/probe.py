@@ -247,7 +247,10 @@ class _Work:
     def __init__(self, trainer: Any, spec: JobSpec, depth: int) -> None:
         self._trainer = trainer
         self._spec = spec
-        self.model, self.device = trainer.model, trainer.args.device
+        self.device = trainer.args.device
+        self.model = trainer.accelerator.prepare_model(
+            trainer.model
+        )  # 16-bit arithmetic is put round it there
         rows = trainer._remove_unused_columns(trainer.train_dataset, "training")
         longest = sorted(range(len(rows)), key=lambda at: -_length(rows[at]))
         count = min(len(rows), trainer.args.train_batch_size)
@@ -282,7 +285,7 @@ class _Work:
         inputs = trainer._prepare_inputs(dict(self._batch))
         hooks = self._hooks(meter) if meter is not None else []
         with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(trainer.model, inputs)
+            loss = trainer.compute_loss(self.model, inputs)
         del inputs
         trainer.accelerator.backward(loss)
         loss.item()
@@ -325,12 +328,12 @@ class _Work:
     def evaluate(self) -> tuple[int, float]:
         """Return the most bytes of a held-out batch, and its seconds."""
         trainer = self._trainer
-        trainer.model.eval()
+        self.model.eval()
         with measured(trainer.args.device) as meter:
             began = time.perf_counter()
             inputs = trainer._prepare_inputs(dict(self._held_out))
             with trainer.compute_loss_context_manager():
-                trainer.compute_loss(trainer.model, inputs).item()
+                trainer.compute_loss(self.model, inputs).item()
             seconds = time.perf_counter() - began
         return meter.peak(), seconds
 

@@ -94,7 +94,11 @@ def held_bytes(model: Any) -> int:
     """Return the bytes of all that a model holds: what is shared once, and what 4-bit weights need beside them."""
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        weight = getattr(module, "weight", None)
+        scales = getattr(weight, "SCB", None)  # of 8-bit weights
+        if isinstance(scales, torch.Tensor):
+            tensors.append(scales)
+        state = getattr(weight, "quant_state", None)
         if state is not None:
             parts = (state.absmax, getattr(getattr(state, "state2", None), "absmax", None))
             tensors += [part for part in parts if isinstance(part, torch.Tensor)]

@@ -149,6 +149,7 @@ def child(what: str, order: Check | Start) -> dict[str, Any]:
         text=True,
         check=False,
     )
+    print(f"  {what} {order.spec.job_id}", file=sys.stderr, flush=True)
     if done.returncode:
         raise RuntimeError(f"{what} of {order.spec.job_id} failed:\n{done.stderr[-4000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.bench import compression, first_step, latency, reporting, saving, start, throughput
+from tests.bench import compression, estimate, first_step, latency, reporting, saving, start, throughput
 from tests.bench.figures import Figure
 
 BENCHMARKS: dict[str, Callable[[Path], dict[str, Figure]]] = {
@@ -17,5 +17,6 @@ BENCHMARKS: dict[str, Callable[[Path], dict[str, Figure]]] = {
     "ingest": latency.ingest,
     "save": saving.save,
     "compress": compression.compress,
+    "estimate": estimate.estimate,
 }
 """What can be asked for by name; each is given an empty folder."""

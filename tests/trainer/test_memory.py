@@ -20,7 +20,15 @@ class Holder:
 def test_without_a_device_there_are_no_figures_and_no_cap() -> None:
     memory.apply_cap(Limits(gpu_memory_fraction=0.5))
     assert memory.figures() == {}
-    assert memory.peak_gb() is None
+    assert memory.peak_gb() is None and memory.free_device() is None
+
+
+def test_the_cap_counts_what_is_held_already_and_what_others_hold() -> None:
+    """Arithmetic alone: that torch keeps to it is seen where there is a device, below."""
+    assert memory.within_cap(free=20, total=24, held=0, fraction=1.0) == 20
+    assert memory.within_cap(free=20, total=24, held=0, fraction=0.5) == 12
+    assert memory.within_cap(free=2, total=24, held=6, fraction=0.5) == 8
+    assert memory.within_cap(free=2, total=24, held=20, fraction=0.5) == 12
 
 
 def test_release_frees_what_only_a_cycle_holds() -> None:
@@ -40,6 +48,8 @@ def test_release_frees_what_only_a_cycle_holds() -> None:
 @pytest.mark.gpu
 def test_figures_and_the_cap_on_a_device() -> None:
     memory.apply_cap(Limits(gpu_memory_fraction=0.5))
+    total = torch.cuda.get_device_properties(0).total_memory
+    assert 0 < (memory.free_device() or 0) <= total / 2
     held = torch.zeros(1 << 20, device="cuda")
     figures = memory.figures()
     assert figures["gpu_memory_allocated_gb"] > 0
