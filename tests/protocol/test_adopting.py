@@ -1,9 +1,16 @@
 """The page for adopters: its examples are the golden bytes, its figures the code's, its steps all clauses."""
 
 import itertools
+import json
+import os
 import random
 import re
+import shutil
+import subprocess
+import tempfile
+import uuid
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -66,3 +73,89 @@ def test_the_storm_is_that_of_the_waits() -> None:
     assert max(count for second, count in dials.items() if second) / agents == pytest.approx(0.49, abs=0.05)
     assert max(Counter(map(int, returns)).values()) / agents == pytest.approx(0.035, abs=0.01)
     assert returns[int(0.95 * agents)] - away == pytest.approx(47, abs=4)
+
+
+def programs_of_postgres() -> Path | None:
+    """Return the folder of `initdb` and `pg_ctl`, which Debian keeps off the path."""
+    found = shutil.which("pg_ctl")
+    folders = [Path(found).parent] if found else []
+    folders += sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    return next((folder for folder in folders if (folder / "initdb").exists()), None)
+
+
+@pytest.fixture
+def sql() -> Iterator[Callable[[str], str]]:
+    """Run statements on a PostgreSQL of its own."""
+    programs = programs_of_postgres()
+    if programs is None or shutil.which("psql") is None:
+        pytest.skip("there is no PostgreSQL here")
+    # It runs under no root.
+    user = "postgres" if os.geteuid() == 0 else None
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if user is not None:
+            shutil.chown(folder, user)
+        options = {"user": user, "cwd": name, "check": True, "stdout": subprocess.DEVNULL}
+        data = folder / "data"
+        subprocess.run([programs / "initdb", "-N", "-A", "trust", "-U", "postgres", "-D", data], **options)
+        listen = f"-k {folder} -c listen_addresses='' -F"
+        pg_ctl = [programs / "pg_ctl", "-w", "-D", data]
+        subprocess.run([*pg_ctl, "-o", listen, "-l", folder / "log", "start"], **options)
+
+        def run(text: str) -> str:
+            psql = ["psql", "-h", name, "-U", "postgres", "-q", "-At", "-v", "ON_ERROR_STOP=1", "-f", "-"]
+            done = subprocess.run(psql, input=text, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            return done.stdout.strip()
+
+        try:
+            yield run
+        finally:
+            subprocess.run([*pg_ctl, "-m", "immediate", "stop"], **options)
+
+
+def filled(statement: str, values: dict[str, str]) -> str:
+    """Put values in for `$name`, a psql's own way being another."""
+    return re.sub(r"\$(\w+)", lambda found: values[found[1]], statement)
+
+
+def test_the_tables_and_statements_hold_in_postgresql(sql: Callable[[str], str]) -> None:
+    tables, hello, data = re.findall(r"```sql\n(.*?)```", TEXT, re.DOTALL)
+    sql(tables)
+    sql("CREATE TABLE points_all PARTITION OF points DEFAULT")
+    who = {
+        "user": f"'{uuid.UUID(int=1)}'",
+        "agent": "'agent_0001'",
+        "install": "'i'",
+        "node": "'n'",
+        "machine": "'{}'",
+    }
+    first = "INSERT INTO agents (user_id, agent_id, install_id, boot, attempt, machine, last_seen)"
+    sql(filled(first + " VALUES ($user, $agent, $install, 1, 5, $machine, now())", who))
+    for boot, attempt, taken in ((1, 6, "1"), (1, 6, ""), (1, 4, ""), (2, 1, "1"), (1, 9, "")):
+        assert sql(filled(hello, {**who, "boot": str(boot), "attempt": str(attempt)})) == taken
+    points = [
+        {
+            "attempt": attempt,
+            "step": step,
+            "epoch": 0.5,
+            "schema_id": 7,
+            "time": 1.5,
+            "vals": [loss, None],
+            "trend": "",
+        }
+        for attempt, step, loss in ((1, 1, 2.5), (1, 2, "NaN"), (2, 2, 1.5))
+    ]
+    record = {
+        "1": "1",
+        "2": "'job'",
+        "3": "1::smallint",
+        "4": str(2**63 - 25),
+        "5": f"'{json.dumps(points)}'",
+    }
+    assert sql(filled(data, {**record, "hi": "3"})) == ""
+    assert sql(filled(data, {**record, "hi": "6"})) == "3"
+    [curve] = re.findall(r"`(SELECT DISTINCT ON .*?)`", TEXT, re.DOTALL)
+    shown = {"curve": filled(curve, record | {"1": record["2"]})}
+    rows = sql(filled("SELECT step, attempt, vals FROM ($curve) AS curve", shown))
+    assert rows.splitlines() == ["1|1|{2.5,NULL}", "2|2|{1.5,NULL}"]
