@@ -197,8 +197,8 @@ class Guard:
         lines: list[str] = []
         with anyio.move_on_after(STACK_WITHIN):
             # Nobody tells when the log has grown.
-            while not any("most recent call first" in line for line in lines):
+            seen: list[str] = []
+            while not lines or lines != seen:
                 await anyio.sleep(0.1)
-                lines = await anyio.to_thread.run_sync(log_tail, log, before)
-        lines = await anyio.to_thread.run_sync(log_tail, log, before)
+                seen, lines = lines, await anyio.to_thread.run_sync(log_tail, log, before)
         return [self._redactor.redact(line) for line in lines] if self._settings.share_logs else []

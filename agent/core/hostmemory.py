@@ -65,7 +65,6 @@ class HostMemory:
             job_id,
             f"The machine's memory is nearly full: {self._available / GB:.2f} of {self._total / GB:.1f} GB are free, "
             f"less than HOST_MEMORY_RESERVE_MB ({self._reserve >> 20}). The trainer holds {held[job_id] / GB:.2f} GB, "
-            f"{grown[job_id] / GB:+.2f} GB in {now - began:.0f} s; it was paused before the kernel would end it. "
-            f"It goes on by itself when {room / GB:.1f} GB are free; resume it to try at once.",
+            f"{grown[job_id] / GB:+.2f} GB in {now - began:.0f} s; it was paused before the kernel would end it.",
             room,
         )

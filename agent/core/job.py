@@ -295,6 +295,8 @@ def short_of_memory(job: Job, why: str, *, room: int, now: float) -> tuple[Job, 
             f" It was paused for this {MEMORY_PAUSES} times before and filled the memory again, so it stays "
             "paused until somebody resumes it."
         )
+    else:
+        why += f" It goes on by itself when {room / (1 << 30):.1f} GB are free; resume it to try at once."
     new, effects = hold(job, why, now=now, cause="memory", room=room)
     if new is job:
         return job, []

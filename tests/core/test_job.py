@@ -281,6 +281,7 @@ def test_a_job_that_fills_the_memory_again_and_again_stays_paused() -> None:
     for number in range(1, MEMORY_PAUSES + 2):
         new, effects = short_of_memory(new, "Full.", room=9, now=float(number))
         assert asked(effects) == [Ask("j", Pause())] and new.by == "memory"
+        assert ("goes on by itself" in new.detail) is (number <= MEMORY_PAUSES)
         new, _ = react(new, T.RELEASED, now=float(number))
         assert new.room == (9 if number <= MEMORY_PAUSES else 0)
         if new.room:

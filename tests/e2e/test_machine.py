@@ -128,7 +128,8 @@ def test_a_failure_carries_the_end_of_the_log_and_the_memory_at_the_time(quick: 
 def test_a_job_that_fills_the_memory_is_paused_before_the_kernel_ends_it(tmp_path: Path) -> None:
     # The reserve is set so high that 1.5 GB, and not this machine's all, are in the trainer's reach.
     reserve = (psutil.virtual_memory().available - 3 * GB // 2) >> 20
-    assert reserve > 0, "too little memory for this test"
+    if reserve <= 0:
+        pytest.skip("this machine has no 1.5 GB to spare")
     with together(tmp_path, HOST_MEMORY_RESERVE_MB=str(reserve)) as (hub, _):
         words = "step=0.03 eat_mb=16 eat_most_mb=3000 until_attempt=1"
         job = hub.submit(fake_config(words, steps=200, save_steps=50))
