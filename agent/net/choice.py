@@ -87,17 +87,12 @@ class Transport:
         make_link: Callable[[Uplink, Callable[[str, str], None]], Link],
         on_state: Callable[[str, str], None],
         clock: Callable[[], float] = time.monotonic,
-        settle: float | None = None,
     ) -> None:
         self.rules = Rules(setting, clock())
         self.link = make_link(uplink, self._noted)
         self.poller = Poller(client, uplink, interval=poll_interval, clock=clock)
-        self.hub = HubDrain(client, uplink, clock)
-        self.platform = (
-            PlatformDrain(client, uplink, clock=clock)
-            if settle is None
-            else PlatformDrain(client, uplink, clock=clock, settle=settle)
-        )
+        self.hub = HubDrain(client, uplink, clock, poll_interval)
+        self.platform = PlatformDrain(client, uplink, clock=clock, look_every=poll_interval)
         self.by_rest = False
         """Whether the REST side has the records now."""
         self._client = client
@@ -175,7 +170,8 @@ class Transport:
                 if self.rules.setting == "websocket" or not await self._served_otherwise(refused):
                     self._on_state("refused", str(refused))
                     raise
-                logger.info("{}; polling instead", refused)
+                level = "DEBUG" if self.rules.socket == "absent" else "INFO"
+                logger.log(level, "{}; polling instead", refused)
                 self.rules.absent()
                 self._changed.set()
             await anyio.sleep(next(waits))

@@ -37,9 +37,11 @@ class Unreached(RestError):
 class Unclear(RestError):
     """It may have been done: no answer came, or one that a gateway on the way may have written."""
 
-    def __init__(self, why: str, status: int = 0) -> None:
+    def __init__(self, why: str, status: int = 0, *, late: bool = False) -> None:
         super().__init__(why)
         self.status = status
+        self.late = late
+        """The server may be at it still: it was given up by whoever waited."""
 
 
 class Said(RestError):
@@ -125,7 +127,8 @@ class RestClient:
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise Unreached(f"{self.base} cannot be reached: {_said(error)}") from None
         except httpx.HTTPError as error:
-            raise Unclear(f"{method} {path} got no answer: {_said(error)}") from None
+            late = isinstance(error, httpx.TimeoutException)
+            raise Unclear(f"{method} {path} got no answer: {_said(error)}", late=late) from None
         return _read(answer, f"{method} {path}")
 
 
@@ -144,7 +147,7 @@ def _read(answer: "httpx.Response", what: str) -> dict[str, Any]:
         # Counted before anything is done. The platform names no time; its window is a minute.
         raise Unreached(f"{what}: too many requests", _seconds(answer.headers.get("Retry-After", ""), 60.0))
     if status >= 500:
-        raise Unclear(f"{what}: HTTP {status} {error}".rstrip(), status)
+        raise Unclear(f"{what}: HTTP {status} {error}".rstrip(), status, late=status == 504)
     if status >= 300:
         raise Said(status, error or answer.reason_phrase, body if isinstance(body, dict) else {})
     if not isinstance(body, dict):

@@ -18,6 +18,9 @@ from protocol.session import Key
 READ_BYTES = 192 * 1024
 LOOK_EVERY = 10.0
 """Seconds between looks at what is wanted of the jobs that live."""
+LOOK_LEAST = 2.0
+LOOKS_APART = 1.2
+"""Seconds between two looks on average, however many jobs there are: a key may ask 100 times a minute."""
 ASIDE_MOST = 30.0
 
 
@@ -58,8 +61,13 @@ class Drain(ABC):
     """Seconds between two appends of a stream: a request costs as much for one record as for a thousand."""
 
     def __init__(
-        self, client: RestClient, uplink: Store, clock: Callable[[], float] = time.monotonic
+        self,
+        client: RestClient,
+        uplink: Store,
+        clock: Callable[[], float] = time.monotonic,
+        look_every: float = LOOK_EVERY,
     ) -> None:
+        self.look_every = max(look_every, LOOK_LEAST)
         self.client = client
         self.uplink = uplink
         self.clock = clock
@@ -110,10 +118,18 @@ class Drain(ABC):
     async def _pass(self) -> float:
         """Send what is due, and return the seconds until something will be."""
         now = self.clock()
-        wait = LOOK_EVERY
+        live = sum(self.seen(job) for job in self.uplink.jobs().values())
+        wait = look_every = max(self.look_every, live * LOOKS_APART)
+        if now - self._looked >= look_every:
+            self._looked = now
+            await self._look()
+        held_up: set[tuple[str, int]] = set()
         for key, last in sorted(self.uplink.heads().items(), key=lambda item: (item[0].lane, item[0].scope)):
-            if self._at.get(key, -1) >= last:
+            lane = (key.scope, key.lane)
+            if self._at.get(key, -1) >= last or lane in held_up:
                 continue
+            # Streams of one lane are those of the agent's starts, oldest first, and none overtakes another.
+            held_up.add(lane)
             due = self._last.get(key, -1e9) + (0.0 if self._hurry else self.every[key.lane])
             until = self._aside[key][0] if key in self._aside else 0.0
             if max(due, until) > now:
@@ -129,9 +145,7 @@ class Drain(ABC):
                 # From the top: a state that came meanwhile goes before the rest of a backlog.
                 return 0.0
             self._last[key] = self.clock()
-        if now - self._looked >= LOOK_EVERY:
-            self._looked = now
-            await self._look()
+            held_up.discard(lane)
         return max(0.01, wait)
 
     async def _look(self) -> None:

@@ -208,6 +208,8 @@ class Memo(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Points that it holds of ours, at least."""
     lines: int = 0
     """Log lines that it holds."""
+    ahead: int = 0
+    """Of the log lines that come next: how many it holds already, stored by an append that nobody answered."""
     status: str = ""
     """The last status known there."""
     started: bool = False

@@ -11,8 +11,8 @@ from loguru import logger
 
 from agent.core.job import Job
 from agent.net import hosted
-from agent.net.client import RestClient, RestError, Said, Unclear
-from agent.net.drain import READ_BYTES, Drain, Store
+from agent.net.client import RestClient, RestError, Said, Unclear, Unreached
+from agent.net.drain import LOOK_EVERY, READ_BYTES, Drain, Store
 from agent.net.hosted import Memo
 from agent.net.poll import recovered, told
 from protocol.codec import BadMessage, Unknown, decode_record
@@ -50,13 +50,16 @@ class PlatformDrain(Drain):
         *,
         settle: float = SETTLE,
         clock: Callable[[], float] = time.monotonic,
+        look_every: float = LOOK_EVERY,
     ) -> None:
-        super().__init__(client, uplink, clock)
+        super().__init__(client, uplink, clock, look_every)
         self._settle = settle
         self._memos: dict[str, Memo] = {}
         self._names: dict[int, list[str]] = {}
-        self._sure: set[tuple[str, int]] = set()
-        """Streams (job, lane) whose last batch is known to be stored."""
+        self._sure: set[tuple[str, str]] = set()
+        """Jobs' points and lines whose last append is known to be stored."""
+        self._notices: set[str] = set()
+        """Jobs whose last notice is in doubt."""
         self._unsettled: dict[str, float] = {}
         self._tries: dict[str, int] = {}
         self._written: dict[str, float] = {}
@@ -96,8 +99,8 @@ class PlatformDrain(Drain):
                 fresh = await recovered(self.client, job_id)
                 await self.uplink.keep_token(job_id, fresh)
             raise
-        except Unclear:
-            self._unsettled[job_id] = self.clock() + self._settle
+        except Unclear as error:
+            self._unsettled[job_id] = self.clock() + (self._settle if error.late else self._settle / 10)
             raise
         self._written[job_id] = self.clock()
         return answer
@@ -142,7 +145,7 @@ class PlatformDrain(Drain):
 
     async def _metrics(self, key: Key, records: list[tuple[int, Any]], memo: Memo) -> int:
         job_id, at = key.scope, records[0][0]
-        if (job_id, key.lane) not in self._sure:
+        if (job_id, "points") not in self._sure:
             await self._settle_down(job_id)
             await self._read_points(job_id, memo)
         rows: list[dict[str, Any]] = []
@@ -157,10 +160,10 @@ class PlatformDrain(Drain):
                 break
         if rows:
             memo.carried = hosted.carry(rows, memo.carried)
-            self._sure.discard((job_id, key.lane))
+            self._sure.discard((job_id, "points"))
             await self._call("POST", METRICS, job_id, {"job_id": job_id, "metrics": rows})
             memo.rows += len(rows)
-        self._sure.add((job_id, key.lane))
+        self._sure.add((job_id, "points"))
         await self._settled(key, at, memo)
         self.sent += len(rows)
         return at
@@ -198,34 +201,45 @@ class PlatformDrain(Drain):
         memo.rows = max(memo.rows, offset)
 
     async def _logs(self, key: Key, records: list[tuple[int, Any]], memo: Memo) -> int:
+        if key.scope in self._notices:
+            raise Unreached(f"the log of job {key.scope} waits for a notice that is in doubt")
         at, lines = records[0][0], list[str]()
         for seq, record in records:
             at = seq
             lines += hosted.lines_of(record) if isinstance(record, LogChunk) else []
             if len(lines) >= LINES:
                 break
-        await self._say(key.scope, memo, lines)
+        held = min(memo.ahead, len(lines))
+        memo.ahead -= held
+        await self._say(key, memo, lines[held:])
         await self._settled(key, at, memo)
         self.sent += len(lines)
         return at
 
-    async def _say(self, job_id: str, memo: Memo, lines: list[str]) -> None:
+    async def _say(self, key: Key, memo: Memo, lines: list[str]) -> None:
         """Append lines. Lines of both lanes pass here, one request at a time: two at once would lose some."""
-        if (job_id, Lane.LOGS) not in self._sure:
+        job_id, known = key.scope, (key.scope, f"lines {key.lane}")
+        if known not in self._sure:
             await self._settle_down(job_id)
-            lines = lines[await self._held(job_id, memo, lines) :]
+            lines = lines[await self._held(key, memo, lines) :]
         if lines:
-            self._sure.discard((job_id, Lane.LOGS))
+            self._sure.discard(known)
             path = f"{JOB}/logs".format(job_id=job_id)
             answer = await self._call("POST", path, job_id, {"logs": lines})
             total = answer.get("total_logs")
             memo.lines = total if isinstance(total, int) else memo.lines + len(lines)
-        self._sure.add((job_id, Lane.LOGS))
+        self._sure.add(known)
 
-    async def _held(self, job_id: str, memo: Memo, lines: list[str]) -> int:
+    async def _notice(self, key: Key, memo: Memo, text: str) -> None:
+        """Say in the job's log what the platform has no other place for."""
+        self._notices.add(key.scope)
+        await self._say(key, memo, [f"[agent] {line}" for line in _lines(text)])
+        self._notices.discard(key.scope)
+
+    async def _held(self, key: Key, memo: Memo, lines: list[str]) -> int:
         """Return how many of ``lines``, the next to be sent, the platform holds already."""
         count = max(1, len(lines))
-        path = f"{JOB}/logs".format(job_id=job_id)
+        path = f"{JOB}/logs".format(job_id=key.scope)
         try:
             page = await self.client.get(f"{path}?limit={count}&offset=-{count}")
         except Unclear as error:
@@ -238,6 +252,9 @@ class PlatformDrain(Drain):
         memo.lines = total
         if total < LOG_CAP:
             held = grown if 0 < grown <= len(lines) and tail[-grown:] == lines[:grown] else 0
+            if key.lane == Lane.CONTROL and grown > 0 and not held:
+                # Not this notice: what grew is the head of the job's log.
+                memo.ahead += grown
         else:
             # Old lines make room for new ones, and the count says nothing: by what stands at the end.
             most = min(len(tail), len(lines))
@@ -256,11 +273,9 @@ class PlatformDrain(Drain):
             case JobStatus():
                 await self._status_of(job_id, record, memo)
             case Notice():
-                await self._say(
-                    job_id, memo, [f"[agent] {record.level}: {line}" for line in _lines(record.text)]
-                )
+                await self._notice(key, memo, f"{record.level}: {record.text}")
             case ParametersApplied() if record.refused:
-                await self._say(job_id, memo, [f"[agent] warning: {line}" for line in _lines(record.refused)])
+                await self._notice(key, memo, f"warning: {record.refused}")
             case _:
                 await self._tell(job_id, hosted.fields_of(record))
         await self._settled(key, seq, memo, **notes)

@@ -1,6 +1,7 @@
 """A backend without our socket: the real agent against the hosted platform as it is, with its faults."""
 
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ def ended(platform: Platform, job_id: str, status: str = "completed") -> dict[st
 def trained(platform: Platform, job_id: str) -> list[int]:
     """Return the steps of the curve in the order in which they were inserted."""
     return [point["step"] for point in platform.chart(job_id) if point["learning_rate"] is not None]
+
+
+def has(platform: Platform, job_id: str, points: int) -> bool:
+    return len(trained(platform, job_id)) >= points
 
 
 def all_told(platform: Platform, agent: Agent, job_id: str, steps: int) -> None:
@@ -60,7 +65,7 @@ def test_a_job_is_polled_claimed_trained_and_told_whatever_goes_wrong(tmp_path: 
 def test_what_is_done_to_a_job_there_is_noticed(tmp_path: Path) -> None:
     with Platform() as platform:
         job = platform.submit(fake_config("step=0.1", steps=4000))
-        agent = Agent(tmp_path / "agent", platform.url, POLL_INTERVAL_SECONDS="1").start()
+        agent = Agent(tmp_path / "agent", platform.url, POLL_INTERVAL_SECONDS="2").start()
         try:
             row = platform.rows[job]
             wait_until(lambda: platform.chart(job), "the first points")
@@ -80,8 +85,9 @@ def test_what_is_done_to_a_job_there_is_noticed(tmp_path: Path) -> None:
                 wait_until(lambda: state() == "cancelled", "the cancel to be obeyed")
             ended(platform, other)
             all_told(platform, agent, other, 5)
-            assert row["status"] == "cancelled" and ("cancelled", 1) not in platform.patches
-            assert platform.rows[other]["claimed_at"] is not None
+            assert row["status"] == "cancelled"
+            # What it was set to there was not undone on the way, and is not said again.
+            assert job not in [one for one, _ in platform.patches]
         finally:
             agent.stop(signal.SIGKILL)
 
@@ -96,7 +102,8 @@ def test_an_agent_that_is_killed_doubles_nothing_and_loses_nothing(tmp_path: Pat
         try:
             for part in (30, 80, 130):
                 agent.start()
-                wait_until(lambda part=part: len(trained(platform, job)) >= part, f"{part} points")
+                enough = partial(has, platform, job, part)
+                wait_until(enough, f"{part} points")
                 agent.stop(signal.SIGKILL)
             polls = platform.seen["poll"]
             agent.start()
