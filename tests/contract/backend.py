@@ -266,14 +266,16 @@ class Backend:
         *records: AnyRecord,
         token: str | None = None,
         hi: int | None = None,
+        **more: str,
     ) -> httpx.Response:
-        """Append records by REST."""
+        """Append records by REST, with ``more`` headers."""
         method, tail = (("PATCH", "status"), ("PUT", "metrics"), ("POST", "logs"))[lane]
         headers = {
             "Authorization": f"Bearer {job.token if token is None else token}",
             "Content-Type": "application/msgpack",
             HEADER_STREAM: f"{epoch}/{lane}",
             HEADER_RANGE: f"{lo}-{lo + len(records) - 1 if hi is None else hi}",
+            **more,
         }
         body = msgspec.msgpack.encode([msgspec.Raw(encode_record(record)) for record in records])
         return self.http.request(method, job.path(tail), content=body, headers=headers)

@@ -1,4 +1,4 @@
-"""C48 to C58: the routes that agents call."""
+"""C48 to C61: the routes that agents call."""
 
 import hashlib
 import time
@@ -7,9 +7,9 @@ import anyio
 import httpx
 import pytest
 
-from protocol.messages import Desired
+from protocol.messages import SUBPROTOCOL_MSGPACK, Desired
 from protocol.records import JobStatus
-from protocol.rest import DATASET, HEADER_AGENT, POLL, UPLOAD
+from protocol.rest import DATASET, HEADER_AGENT, HEADER_TOMB, POLL, UPLOAD
 from tests.contract.backend import Backend, Job, Someone, points, schema
 from tests.contract.test_streams import LOGS, lines, said
 
@@ -167,3 +167,33 @@ def test_c58_a_poll_is_answered_with_a_job_or_none(backend: Backend) -> None:
     assert backend.http.get(POLL, headers={HEADER_AGENT: "nobody"}).status_code == 400
     refused = backend.http.get(POLL, headers={HEADER_AGENT: agent.agent_id, **bearer("wak_" + "0" * 32)})
     assert refused.status_code in (401, 403)
+
+
+def test_c59_an_append_may_be_a_tombstone(backend: Backend) -> None:
+    agent = Someone()
+    job = backend.job_of(agent)
+    backend.append(job, LOGS, agent.epoch, 1, *lines(1, 2))
+    for _ in range(2):
+        answer = backend.append(job, LOGS, agent.epoch, 3, hi=6, **{HEADER_TOMB: "overflow"})
+        assert (answer.status_code, answer.json()["ack"]) == (200, 6)
+    answer = backend.append(job, LOGS, agent.epoch, 9, hi=9, **{HEADER_TOMB: "overflow"})
+    assert (answer.status_code, answer.json()["ack"]) == (409, 6)
+    assert backend.append(job, LOGS, agent.epoch, 7, *lines(7, 8)).json()["ack"] == 8
+    shown = [text for text in backend.logs(job) if text.startswith("line ")]
+    assert shown == said(1, 2) + said(7, 8)
+
+
+def test_c60_a_poll_says_that_records_are_taken(backend: Backend) -> None:
+    answer = backend.http.get(POLL, headers={HEADER_AGENT: Someone().agent_id})
+    assert answer.json()["records"] == SUBPROTOCOL_MSGPACK
+
+
+def test_c61_an_append_of_another_agent_is_refused(backend: Backend) -> None:
+    agent = Someone()
+    job = backend.job_of(agent)
+    other = {HEADER_AGENT: Someone().agent_id}
+    answer = backend.append(job, LOGS, agent.epoch, 1, *lines(1, 2), **other)
+    assert 400 <= answer.status_code < 500 and answer.json()["error"]
+    assert backend.logs(job) == []
+    mine = {HEADER_AGENT: agent.agent_id}
+    assert backend.append(job, LOGS, agent.epoch, 1, *lines(1, 2), **mine).json()["ack"] == 2
