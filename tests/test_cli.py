@@ -78,6 +78,7 @@ def test_help_names_every_command_and_each_has_an_example(capsys: pytest.Capture
         "cancel",
         "stop",
         "retry",
+        "check",
         "checkpoints",
         "branch",
         "schema",
