@@ -114,7 +114,7 @@ def test_a_cancelled_job_leaves_by_itself_within_its_grace(tmp_path: Path) -> No
             await watch.heard(Metrics)
             await watch.supervisor.end("job", grace=DEADLINE)
             end = await watch.exited()
-            assert (end.exit_code, end.signal, end.left) == (0, None, "cancelled")
+            assert (end.exit_code, end.signal, end.left, end.forced) == (0, None, "cancelled", False)
 
     anyio.run(go)
 
@@ -124,8 +124,18 @@ def test_one_that_has_said_its_last_word_and_stays_is_ended(tmp_path: Path) -> N
         async with supervised(HOSTILE, leave_limit=0.1) as watch:
             await begin(watch, tmp_path, BEHAVIOUR="stay")
             end = await watch.exited()
-            assert (end.signal, end.left) == (signal.SIGTERM, "paused")
+            assert (end.signal, end.left, end.forced) == (signal.SIGTERM, "paused", True)
             assert end.sentence == "The trainer left at step 5: paused."
+
+    anyio.run(go)
+
+
+def test_what_a_trainer_needs_of_a_full_disk_is_a_fact_of_its_end(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with supervised() as watch:
+            await begin(watch, tmp_path, start_order(tmp_path, "disk_at=3 need_mb=7", max_steps=9))
+            end = await watch.exited()
+            assert (end.left, end.need, end.forced) == ("disk_full", 7 << 20, False)
 
     anyio.run(go)
 
