@@ -5,10 +5,22 @@ import statistics
 from typing import Any
 
 import datasets
+import msgspec
 from datasets.exceptions import DatasetGenerationError
 from transformers import AutoConfig
 
-from agent.trainer import data, determinism, estimate, memory, meter, methods, probe, sizes, templates
+from agent.trainer import (
+    data,
+    determinism,
+    estimate,
+    healing,
+    memory,
+    meter,
+    methods,
+    probe,
+    sizes,
+    templates,
+)
 from agent.trainer.data import Prepared
 from agent.trainer.errors import TrainerError
 from agent.trainer.formula import Rows
@@ -53,21 +65,36 @@ def _look(order: Check, inbox: Inbox) -> Estimate:
     lengths = _lengths(tokenizer, sample)
     rows = rows_of(spec, prepared, lengths)
     planned = sizes.planned(spec, precision, config, remote_code=_remote(spec, limits))
+
+    def told(probed: probe.Probed | None) -> Estimate:
+        return estimate.estimate(
+            spec,
+            space,
+            limits,
+            config=config,
+            precision=precision,
+            sizes=planned,
+            rows=rows,
+            baseline=meter.resident(),
+            probed=probed,
+        )
+
+    by_formula = told(None)
+    if not by_formula.fits:
+        # A probe of what does not fit could take the machine's last memory.
+        note("info", "The job does not fit by calculation, so that no step was measured.")
+        return by_formula
     inbox.leave_if_told()
     inbox.line.say(Preparing(Phase.LOAD, "Measuring a step on the first layers of the model."))
     by_length = [row for _, row in sorted(zip(lengths, sample, strict=True), key=lambda one: -one[0])]
-    probed = _probe(order, precision, tokenizer, prepared, by_length, sum(lengths), rows, config)
-    return estimate.estimate(
-        spec,
-        space,
-        limits,
-        config=config,
-        precision=precision,
-        sizes=planned,
-        rows=rows,
-        baseline=meter.resident(),
-        probed=probed,
-    )
+    try:
+        probed = _probe(order, precision, tokenizer, prepared, by_length, sum(lengths), rows, config)
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not healing.is_out_of_memory(error):
+            raise
+        note("warning", f"There was no memory for a step on the first layers: {healing.words_of(error)}")
+        return msgspec.structs.replace(by_formula, fits=False)
+    return told(probed)
 
 
 def config_of(spec: JobSpec, workspace: Workspace, limits: Limits) -> Any:

@@ -86,7 +86,7 @@ def test_a_check_finds_the_bad_row(jobs: Jobs, tmp_path: Path) -> None:
 
 def test_rows_whose_prompts_fill_everything_are_no_job(jobs: Jobs, tmp_path: Path) -> None:
     rows = [{"prompt": "the sun " * 60, "completion": "sings"}] * 8
-    with pytest.raises(TrainerError, match="Raise training[.]max_length"):
+    with pytest.raises(TrainerError, match=r"Raise training\.max_length"):
         looked_at(jobs.start(rows=write_jsonl(tmp_path / "long.jsonl", rows), training={"max_length": 8}))
 
 
