@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import xxhash
 
-from agent.trainer.disk import sync_folder, write_small
+from agent.trainer.disk import PROBE, sync_folder, write_small
 
 if sys.platform != "win32":
     import fcntl
@@ -219,6 +219,8 @@ class Checkpoints:
 
     def sweep(self) -> None:
         """Clear up after a killed process: what it had finished is taken over, the rest is deleted."""
+        for probe in self.folder.glob(f"{PROBE}*"):
+            probe.unlink(missing_ok=True)
         for prefix in (STAGING, DOOMED):
             for path in sorted(self.folder.glob(f"{prefix}{_PREFIX}*")):
                 final = self.folder / path.name.removeprefix(prefix)

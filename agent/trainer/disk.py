@@ -14,6 +14,8 @@ MB = 1_000_000
 SLACK = 16 * MB
 """Left free by a write: other programs write too."""
 
+PROBE = ".probe-"
+
 
 class NoRoom(TrainerError):
     """A disk is full. What was on it is untouched, and the job can wait for room."""
@@ -48,7 +50,7 @@ def free_bytes(folder: Path) -> int:
 
 def check_writable(folder: Path, what: str) -> None:
     """Make ``folder`` and a file in it; raises TrainerError with a sentence, so that nobody trains in vain."""
-    probe = folder / f".probe-{os.getpid()}"
+    probe = folder / f"{PROBE}{os.getpid()}"
     with refusals_told(folder, what):
         folder.mkdir(parents=True, exist_ok=True)
         try:

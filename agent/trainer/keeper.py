@@ -89,10 +89,11 @@ class Keeper:
         self._writer.start(work)
 
     def before_step(self) -> None:
-        """Wait until the copy of what the optimizer is about to change is made."""
+        """Wait until the copy of what the optimizer is about to change is made; raises what a write failed with."""
         if self._copying is not None:
             self._copying.wait()
             self._copying = None
+        self.check()
 
     def check_disk(self, size: int, model_size: int, limit: int, in_use: set[Path]) -> None:
         """Find out before the first step what would end the job at its first checkpoint, of about ``size`` bytes."""

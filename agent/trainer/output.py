@@ -9,8 +9,16 @@ import xxhash
 from peft import PeftModel
 from safetensors import safe_open
 
-from agent.trainer.checkpoint import replace_folder
-from agent.trainer.disk import NoRoom, check_writable, is_disk_full, need_room, refusals_told, sync_folder
+from agent.trainer.checkpoint import Checkpoints, replace_folder
+from agent.trainer.disk import (
+    NoRoom,
+    check_writable,
+    has_room,
+    is_disk_full,
+    need_room,
+    refusals_told,
+    sync_folder,
+)
 from agent.trainer.model import load_base, old_name_allowed
 from protocol.jobspec import JobSpec
 from protocol.worker import Limits, Workspace
@@ -22,7 +30,9 @@ WHAT = "the final model"
 class Output:
     """The folder of the final model while it is being written."""
 
-    def __init__(self, workspace: Workspace) -> None:
+    def __init__(self, workspace: Workspace, store: Checkpoints | None = None) -> None:
+        """Make room at the cost of older checkpoints in ``store``, where there is too little."""
+        self._store = store
         self.final = Path(workspace.output)
         self.staging = self.final.with_name(f".staging-{self.final.name}")
 
@@ -46,7 +56,7 @@ class Output:
     def write(self, model: Any, tokenizer: Any, *, use_cache: bool) -> str:
         """Write weights and tokenizer; return the hash of the weights."""
         size = _size(model)
-        need_room(self.final.parent, WHAT, size)
+        self._need_room(WHAT, size)
         # Trainer switches the cache off in the configuration; whoever uses the model wants it as it was.
         model.config.use_cache = use_cache
         with refusals_told(self.final.parent, WHAT, size):
@@ -54,13 +64,19 @@ class Output:
             tokenizer.save_pretrained(self.staging)
         return weights_hash(self.staging)
 
+    def _need_room(self, what: str, size: int) -> None:
+        place, store = self.final.parent, self._store
+        if store is not None and store.folder.stat().st_dev == place.stat().st_dev:
+            store.make_room(lambda: has_room(place, size))
+        need_room(place, what, size)
+
     def merge(self, spec: JobSpec, workspace: Workspace, limits: Limits, tokenizer: Any) -> None:
         """Write the base model in bfloat16 with the adapter merged in.
 
         The base is loaded anew: merging into 4-bit weights would quantise the result again.
         """
         base = load_base(spec, workspace, limits, torch.bfloat16)
-        need_room(self.final.parent, "the merged model", _size(base))
+        self._need_room("the merged model", _size(base))
         with old_name_allowed():
             merged = PeftModel.from_pretrained(base, self.staging, autocast_adapter_dtype=False)
         merged = merged.merge_and_unload(safe_merge=True)

@@ -305,7 +305,7 @@ class _Run:
         inbox.leave_unless_finishing()
         is_best = trainer.take_best()
         taken = self._sample_after(ground)
-        with Output(workspace) as output:
+        with Output(workspace, self.checkpoints) as output:
             digest = output.write(trainer.model, ground.tokenizer, use_cache=ground.use_cache)
             inbox.leave_unless_finishing()
             merge = self.spec.output.merge_adapter and self.spec.lora is not None

@@ -121,13 +121,14 @@ def ready_now() -> Any:
 
 @contextlib.contextmanager
 def _beside(ready: Any) -> Iterator[None]:
-    """Copy on a stream of its own, behind ``ready`` and beside what training asks for meanwhile; wait for it."""
+    """Copy behind ``ready``, on a stream of its own beside what training asks for meanwhile; wait for it."""
     if not torch.cuda.is_available():
         yield
         return
-    stream = torch.cuda.Stream()
     if ready is not None:
-        stream.wait_event(ready)
+        # Not on the stream: the state of a paged optimizer is read by the processor.
+        ready.synchronize()
+    stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         yield
     stream.synchronize()
