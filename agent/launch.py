@@ -19,6 +19,7 @@ from agent.core.job import CANCEL_GRACE, Job, report
 from agent.core.ports import CheckpointView
 from agent.desk import JobDesk
 from agent.errors import NotPossible
+from agent.net.datasets import find_dataset, kept_name
 from agent.net.download import DownloadFailed, fetch_dataset
 from agent.runtime import branch
 from agent.runtime import workspace as places
@@ -179,6 +180,9 @@ class Launching:
         """Return where the job's data lie: fetched from the backend, local, or a Hub name."""
         settings = self._settings
         if not job.dataset_sha256:
+            found = await find_dataset(spec.data.path, job.job_id, settings, self._user_agent)
+            if found is not None:
+                return found
             return await anyio.to_thread.run_sync(
                 lambda: places.data_source(spec.data.path, settings.datasets_dir, hub=settings.allow_hub)
             )
@@ -324,8 +328,9 @@ class Launching:
         """Delete fetched data sets that no job can still need."""
         jobs = self._desk.jobs.values()
         needed = {job.dataset_sha256 for job in jobs if job.state is not JobState.COMPLETED}
-        for path in (self._settings.datasets_dir / FETCHED).glob("*.data"):
-            if path.stem not in needed:
+        needed |= {Path(kept_name(job.job_id)).stem for job in jobs if job.state is not JobState.COMPLETED}
+        for path in (self._settings.datasets_dir / FETCHED).glob("*"):
+            if path.suffix in (".data", ".rows") and path.stem not in needed:
                 path.unlink(missing_ok=True)
 
     # After a restart

@@ -118,3 +118,51 @@ def test_an_agent_that_is_killed_doubles_nothing_and_loses_nothing(tmp_path: Pat
             assert "failed" not in [status for _, status in platform.patches]
         finally:
             agent.stop(signal.SIGKILL)
+
+
+def test_both_shapes_of_a_config_run_and_what_cannot_is_told_with_its_reason(tmp_path: Path) -> None:
+    stored = "0b1c/private/2d3e.jsonl.gz"
+    normalised = {
+        "model": {"name": "models/none"},
+        "tokenizer": {"name": "models/none"},
+        "training": {
+            "method": "sft",
+            "num_epochs": 1,
+            "max_steps": 6,
+            "learning_rate": 2e-4,
+            "max_length": 512,
+        },
+        "lora": {"r": 16, "alpha": 32, "dropout": 0.05, "target_modules": None, "bias": "none"},
+        "data": {"strategy": "standard"},
+        "output_dir": "/workspace/fine_tuned_model",
+    }
+    raw = fake_config(steps=6, use_lora=True, lora_r=32, evaluation_strategy="no")
+    raw["training"]["lora_config"] = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj"]}
+    with Platform(paused_allowed=False) as platform:
+        cloud = platform.submit(
+            fake_config(steps=3), started_at="2026-01-01T00:00:00Z", created_at="2026-01-01"
+        )
+        agent = Agent(tmp_path / "agent", platform.url, POLL_INTERVAL_SECONDS="2").start()
+        try:
+            wait_until(lambda: platform.seen["poll"] > 2, "polls")
+            # It waits in the same table, and began elsewhere.
+            assert platform.rows[cloud]["status"] == "pending" and platform.seen["claim"] == 0
+            platform.rows[cloud]["status"] = "running"
+            bad = platform.submit(fake_config() | {"training": {"method": "alchemy"}}, job_token=None)
+            row = ended(platform, bad, "failed")
+            wait_until(lambda: row["error_message"], "the reason")
+            assert "alchemy" in row["error_message"] and "alchemy" in row["config"]["error"]
+            gone = platform.submit(raw, stored)
+            row = ended(platform, gone, "failed")
+            wait_until(lambda: row["error_message"], "the reason")
+            assert "DATASET_MAP" in row["error_message"]
+            folder = tmp_path / "agent" / "datasets"
+            folder.mkdir()
+            (folder / "2d3e.jsonl.gz").write_bytes(b"")
+            for config in (raw, normalised):
+                job = platform.submit(config, stored)
+                ended(platform, job)
+                wait_until(partial(has, platform, job, 1), "its points")
+            assert agent.stop() == 0
+        finally:
+            agent.stop(signal.SIGKILL)
