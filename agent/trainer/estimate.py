@@ -6,7 +6,7 @@ when the owner asks with `training-agent check`.
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,10 +14,12 @@ from agent.trainer import formula, memory, meter
 from agent.trainer.disk import free_bytes
 from agent.trainer.formula import GB, Rows, Situation, Step
 from agent.trainer.model import Precision, choose_precision
-from agent.trainer.probe import Probed
 from agent.trainer.sizes import Sizes, planned
 from protocol.jobspec import JobSpec
 from protocol.worker import Estimate, Limits, Workspace
+
+if TYPE_CHECKING:
+    from agent.trainer.probe import Probed
 
 FRESH = 46 << 20
 """Bytes of code and tables that the first step brings into memory beyond the imports (measured)."""
@@ -39,7 +41,7 @@ def estimate(
     sizes: Sizes,
     rows: Rows,
     baseline: int,
-    probed: Probed | None = None,
+    probed: "Probed | None" = None,
 ) -> Estimate:
     """Return what the job needs. ``baseline``: bytes of the process with its imports and without a model."""
     on_cuda = torch.cuda.is_available()
@@ -103,7 +105,7 @@ def advice_for(spec: JobSpec, limits: Limits, config: Any, longest: int | None =
     return formula.advice(Situation(spec, config, precision, rows, torch.cuda.is_available(), sizes))
 
 
-def _measured(probed: Probed) -> Step:
+def _measured(probed: "Probed") -> Step:
     return Step(
         saved=max(probed.saved, probed.saved_again),
         head=0.0,
@@ -185,7 +187,7 @@ def _disk(spec: JobSpec, limits: Limits, rows: Rows, sizes: Sizes) -> float:
 
 
 def _seconds(
-    spec: JobSpec, limits: Limits, rows: Rows, sizes: Sizes, probed: Probed
+    spec: JobSpec, limits: Limits, rows: Rows, sizes: Sizes, probed: "Probed"
 ) -> tuple[float, float | None]:
     """Return the seconds of an optimizer step, and of the whole job."""
     training = spec.training

@@ -18,6 +18,7 @@ from protocol.jobspec import JobSpec, LoraSpec, ModelSpec, Quantization, Trainin
 from protocol.worker import Check, Estimated, Limits, Ready, Start
 from tests.bench import estimate as bench
 from tests.trainer.conftest import Jobs, RecordingLine, chat_rows, write_jsonl
+from tests.trainer.test_healing import device
 
 BIG = LlamaConfig(
     vocab_size=128256,
@@ -143,6 +144,15 @@ def test_advice_needs_no_model_for_a_job_that_ran_out_of_memory() -> None:
         training={"batch_size": 1, "max_length": 64, "gradient_checkpointing": True},
     )
     assert estimate.advice_for(nothing.spec, Limits(), BIG) == []
+
+
+def test_a_job_whose_single_rows_do_not_fit_ends_with_advice_in_figures(jobs: Jobs) -> None:
+    with device() as small, pytest.raises(TrainerError) as caught:
+        small.rows = 0
+        jobs.run("job")
+    told = caught.value.failure().advice
+    assert "A LoRA adapter of rank 16" in told and "gradient_checkpointing" in told
+    assert "saves about" in told and "batch_size" not in told  # it has been one row already
 
 
 def test_what_does_not_fit_is_said_so(jobs: Jobs) -> None:
