@@ -80,7 +80,9 @@ class AgentUnderFire:
         self.now += rng.choice((0.0, 0.001, 1.0, 16.0))
         known = session.welcome is not None
         for news in session.receive(message, self.now):
+            assert session.welcome is not None, "nothing counts before WELCOME"
             if isinstance(news, Acked):
+                assert news.seq <= session.last(news.key)
                 # WELCOME may know of what an earlier connection sent.
                 assert not known or news.seq <= self.sent[news.key]
                 self.sent[news.key] = max(self.sent[news.key], news.seq)
@@ -154,7 +156,7 @@ class HubUnderFire:
                     assert lo == self.have[key] + 1 <= hi
                     self.have[key] = hi
         for key in self.have:
-            if self.durable[key] < self.have[key] and rng.random() < 0.5:
+            if self.durable[key] < self.have[key] and rng.random() < 0.2:
                 self.durable[key] = self.have[key]
                 session.committed(key, self.durable[key])
         session.tick(self.now)
@@ -244,6 +246,7 @@ def test_a_hostile_frame_takes_little_memory_and_time(subprotocol: str) -> None:
     fuzz = Fuzz(1, subprotocol)
     wide = [
         [5, [[0, 0]] * 60_000],
+        [2, "s", [[0, 0]] * 60_000],
         [3, 1, 1, [None] * 4096],
         [3, 1, 1, [None] * 120_000],
         [99, *[{}] * 120_000],
@@ -259,7 +262,7 @@ def test_a_hostile_frame_takes_little_memory_and_time(subprotocol: str) -> None:
             tracemalloc.start()
             try:
                 read(codec, data, by_hub)
-                assert tracemalloc.get_traced_memory()[1] < 16 * MAX_FRAME
+                assert tracemalloc.get_traced_memory()[1] < 12 * MAX_FRAME
             finally:
                 tracemalloc.stop()
     # A safety net: the worst of them takes a few milliseconds.

@@ -88,7 +88,7 @@ def hub_says(rng: random.Random) -> Any:
 
 def agent_says(rng: random.Random) -> Any:
     """A frame that fits the conversation, or nearly."""
-    sid, lo = rng.randrange(1, 9), rng.choice((1, 1, 2, 3, 5, 8, 13))
+    sid, lo = rng.randrange(1, 9), rng.choice((1, 1, 1, 1, 2, 2, 3, 5, 13))
     records = [rng.choice((["odd"], [8, 1.5, "info", "x"], 7, None))] * rng.randrange(4)
     match rng.randrange(6):
         case 0 | 1 | 2:
