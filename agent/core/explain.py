@@ -197,6 +197,8 @@ def _less_host_memory(job: Job, spec: JobSpec | None, evidence: Evidence) -> str
         )
     if spec is not None and not spec.data.streaming and job.train_rows:
         said.append(f"All {job.train_rows} rows are kept in tables: data.streaming keeps none.")
+    if job.device == "cpu" and job.estimate is not None:
+        said += job.estimate.advice[:3]
     said.append("Close other programs, or give the machine or the container more memory.")
     return " ".join(said)
 

@@ -24,8 +24,8 @@ from protocol.worker import Cancel, Estimate, Parameters, Pause, Stop, Verified
 
 LOSSES_ALLOWED = 3
 """Lost workers in a row without a new good checkpoint, before the job fails."""
-FRESH_ALLOWED = 3
-"""Times that a worker may ask for a fresh process at one and the same step."""
+FRESH_ALLOWED = 100
+"""Times that a worker may ask for a fresh process at one and the same step: it has narrower limits of its own."""
 MEMORY_PAUSES = 3
 """Times in a row that a job goes on by itself after it was paused for lack of host memory."""
 MEMORY_CALM = 3600.0
@@ -325,18 +325,17 @@ def rest(job: Job, cause: str, why: str, *, room: int, now: float) -> tuple[Job,
 
 
 def fresh(job: Job, *, now: float) -> tuple[Job, list[Effect]]:
-    """Return a job whose worker has saved and left in order to go on in a process with its memory in one piece."""
+    """Return a job whose worker has left in order to go on in a fresh process; it has told the user why."""
     count = job.fresh_count + 1 if job.step == job.fresh_step else 1
     job = msgspec.structs.replace(job, fresh_step=job.step, fresh_count=count)
     if count > FRESH_ALLOWED and job.state is not JobState.PAUSING:
-        sentence = f"The device's memory did not suffice for step {job.step + 1}, in {FRESH_ALLOWED} fresh processes either."
-        cause = failed_for(FailureReason.DEVICE_MEMORY, sentence)
+        sentence = (
+            f"The trainer asked for a fresh process {count} times at step {job.step} and came no further."
+        )
+        cause = failed_for(FailureReason.LOST, sentence)
         return react(job, Trigger.FAULT, now=now, by="agent", failure=cause)
-    why = f"The device's memory was in pieces at step {job.step}: training goes on in a fresh process."
-    job, told = note(job, "info", why, now=now)
     trigger = Trigger.RELEASED if job.state is JobState.PAUSING else Trigger.WORKER_LOST
-    job, effects = react(job, trigger, now=now, by="agent", detail=why)
-    return job, [told, *effects]
+    return react(job, trigger, now=now, by="agent", detail="Training goes on in a fresh process.")
 
 
 def lost(

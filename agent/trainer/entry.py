@@ -73,7 +73,24 @@ def _work(line: Line, began: float) -> int:
         line.begin(1, 1, order.workspace.cache)
         return check.check(order, line)
     line.begin(order.attempt, order.first_event, order.workspace.checkpoints)
-    return run.train(order, line)
+    try:
+        return run.train(order, line)
+    except Exception as error:
+        if failure_of(error).reason in (FailureReason.DEVICE_MEMORY, FailureReason.HOST_MEMORY):
+            error.advice = getattr(error, "advice", "") or _savings(order)  # type: ignore[attr-defined]
+        raise
+
+
+def _savings(order: Start) -> str:
+    """Return what would save memory in this job, and how much; "" where that cannot be told."""
+    from agent.trainer import check, estimate
+
+    try:
+        config = check.config_of(order.spec, order.workspace, order.limits)
+        return " ".join(estimate.advice_for(order.spec, order.limits, config))
+    except Exception:  # noqa: BLE001  advice must not hide the failure that it is for
+        traceback.print_exc()
+        return ""
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -83,7 +100,8 @@ def failure_of(error: BaseException) -> Failure:
         told = error.failure()
         return msgspec.structs.replace(told, evidence=_with(told.evidence or Evidence(), trace))
     reason, sentence, advice = explain(error)
-    return failure(reason, sentence, _with(Evidence(), trace), advice)
+    figures = getattr(error, "advice", "")
+    return failure(reason, sentence, _with(Evidence(), trace), figures or advice)
 
 
 def _with(evidence: Evidence, trace: str) -> Evidence:

@@ -236,6 +236,7 @@ class Fake:
             self.line.say(Metrics(step, self.epoch(), time.time(), values))
         if self.bad and step == manner.fresh_at:
             self.save("fresh_process")
+            self.line.say(Note("warning", "The fake goes on in a fresh process."))
             raise _Leave(Left("fresh_process", step))
         if step % self.save_steps == 0 and step < self.total:
             self.save("schedule")

@@ -113,6 +113,15 @@ def test_host_memory_advice_has_figures_too() -> None:
     assert "dataloader_num_workers is 3" in advice and "900 rows" in advice
 
 
+def test_a_job_on_the_cpu_saves_the_machines_memory_as_it_would_a_devices() -> None:
+    said = Estimate(
+        device="cpu", host_gb=1, disk_gb=1, free_host_gb=9, free_disk_gb=9, advice=["A saves 2 GB."]
+    )
+    told = failure(R.HOST_MEMORY, "x")
+    assert "A saves 2 GB." in enriched(job(estimate=said, device="cpu"), told, Seen()).advice
+    assert "A saves 2 GB." not in enriched(job(estimate=said, device="0"), told, Seen()).advice
+
+
 def test_a_loss_that_is_no_number_names_rate_norm_and_rows() -> None:
     told = failure(R.NON_FINITE_LOSS, "x", Evidence(step=9, rows=[3, 8]))
     advice = enriched(job(values={"learning_rate": 1e-3, "grad_norm": 55.5}), told, Seen()).advice

@@ -253,3 +253,19 @@ def test_advice_that_an_error_brings_is_told() -> None:
     )
     assert told.advice == "512 tokens save 3.1 GB."
     assert told.evidence is not None and told.evidence.host_memory_gb
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_job_without_enough_memory_is_told_what_would_save_how_much(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = jobs.start("job", training={"max_steps": 2, "batch_size": 8, "max_length": 512})
+
+    def out_of_memory(order: Any, line: Any) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr("agent.trainer.run.train", out_of_memory)
+    _, heard = run_here(start)
+    failure = heard[-1].failure
+    assert failure.reason is FailureReason.HOST_MEMORY
+    assert "training.batch_size 4" in failure.advice and "saves about" in failure.advice
