@@ -22,7 +22,7 @@ import torch
 from transformers import TrainerCallback
 
 from agent.trainer import contents, tensorfile
-from agent.trainer.checkpoint import FORMAT, BadCheckpoint, Checkpoints, Found, verify
+from agent.trainer.checkpoint import FORMAT, BadCheckpoint, Checkpoints, Found, reading, verify
 from agent.trainer.inbox import Inbox
 from agent.trainer.progress import Progress
 from agent.trainer.restore import REPLAY
@@ -36,6 +36,7 @@ FROM_START = 500
 FINISH_WAIT = 120.0
 """Seconds that the end of training waits for a check that is not yet done."""
 LISTEN_EVERY = 0.5
+DROP_WAIT = 1.0
 REQUEST, OUTCOME, LOG = "request.msgpack", "outcome.msgpack", "log"
 NEVER = 1_000_000_000
 _PR_SET_PDEATHSIG = 1
@@ -75,17 +76,11 @@ class Checking(TrainerCallback):  # type: ignore[misc]
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
         self._dropped = False
-        self._begun = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if not self._begun:
-            self._begun = True
-            try:
-                self._begin()
-            except NotPossible as why:
-                self._say(Note("info", f"The resume was not checked: {why}."))
-            except OSError as error:
-                self._say(Note("warning", f"The resume could not be checked: {error}."))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._check, name="replay", daemon=True)
+            self._thread.start()
         return control
 
     def finish(self) -> None:
@@ -97,7 +92,8 @@ class Checking(TrainerCallback):  # type: ignore[misc]
             self._thread.join(LISTEN_EVERY)
             self._inbox.leave_unless_finishing()
         if self._thread.is_alive():
-            self._say(Note("info", "The resume was not checked: training ended before the check did."))
+            why = "training ended before the check did"
+            self._inbox.line.say(Note("info", f"The resume was not checked: {why}."))
         self.drop()
 
     def drop(self) -> None:
@@ -106,13 +102,23 @@ class Checking(TrainerCallback):  # type: ignore[misc]
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
         if self._thread is not None:
-            self._thread.join()
+            # It may be reading a large checkpoint, and a pause does not wait for that.
+            self._thread.join(DROP_WAIT)
 
-    def _begin(self) -> None:
-        request = self._prepare()
-        (self._folder / REQUEST).write_bytes(msgspec.msgpack.encode(request))
-        self._thread = threading.Thread(target=self._watch, args=(request,), name="replay", daemon=True)
-        self._thread.start()
+    def _check(self) -> None:
+        """Prepare and run the replay, and say its verdict; this thread lives as long as it does."""
+        try:
+            request = self._prepare()
+            (self._folder / REQUEST).write_bytes(msgspec.msgpack.encode(request))
+            told = self._run()
+        except NotPossible as why:
+            told = Note("info", f"The resume was not checked: {why}.")
+        except OSError as error:
+            told = Note("warning", f"The resume could not be checked: {error}.")
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        if not self._dropped:
+            self._inbox.line.say(told)
 
     def _prepare(self) -> Request:
         """Link what is read into a folder of its own. Raises NotPossible."""
@@ -134,8 +140,9 @@ class Checking(TrainerCallback):  # type: ignore[misc]
         names = [path.name.removeprefix("step-") for path in store.folder.glob("step-*")]
         steps = [int(name) for name in names if name.isdecimal()]
         for step in sorted((one for one in steps if one <= manifest.step - wanted), reverse=True):
+            path = store.path(step)
             with contextlib.suppress(BadCheckpoint):
-                found = verify(store.path(step), manifest.job_id)
+                found = verify(path, manifest.job_id)
                 if found.manifest.inputs == manifest.inputs and found.manifest.attempt <= manifest.attempt:
                     return found
         if manifest.step > FROM_START or manifest.lineage:
@@ -166,7 +173,8 @@ class Checking(TrainerCallback):  # type: ignore[misc]
         origin = ""
         if earlier is not None:
             origin = str(self._folder / "from" / earlier.path.name)
-            _link(earlier.path, Path(origin))
+            with reading(earlier.path):
+                _link(earlier.path, Path(origin))
         workspace = msgspec.structs.replace(
             start.workspace,
             checkpoints=str(place),
@@ -193,31 +201,24 @@ class Checking(TrainerCallback):  # type: ignore[misc]
             threads=torch.get_num_threads(),
         )
 
-    def _watch(self, request: Request) -> None:
-        """Run the replay and say its verdict; this thread lives as long as it does."""
-        try:
-            log = (self._folder / LOG).open("wb")
-            with log:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "agent.trainer.replay", str(self._folder), str(os.getpid())],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env={
-                        **os.environ,
-                        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                        "OMP_WAIT_POLICY": "PASSIVE",
-                    },
-                )
-                if self._dropped:
-                    self._process.kill()
-                self._process.wait()
-            if not self._dropped:
-                self._say(self._verdict())
-        except OSError as error:
-            self._say(Note("warning", f"The resume could not be checked: {error}."))
-        finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
+    def _run(self) -> Verified | Note:
+        """Run the replay to its end, and return its verdict."""
+        with (self._folder / LOG).open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "agent.trainer.replay", str(self._folder), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    "OMP_WAIT_POLICY": "PASSIVE",
+                },
+            )
+            if self._dropped:
+                self._process.kill()
+            self._process.wait()
+        return self._verdict()
 
     def _verdict(self) -> Verified | Note:
         try:
@@ -230,9 +231,6 @@ class Checking(TrainerCallback):  # type: ignore[misc]
         if outcome.verdict is None:
             return Note("warning", f"The resume could not be checked: {outcome.failed}")
         return outcome.verdict
-
-    def _say(self, event: AnyEvent) -> None:
-        self._inbox.line.say(event)
 
 
 def _plain(spec: JobSpec) -> JobSpec:

@@ -124,6 +124,7 @@ def test_what_cannot_be_replayed_is_said(jobs: Jobs, change: dict[str, Any], cla
     checking = replay.Checking(start, found, {"spec": "a"}, Inbox(line))
     checking.on_step_end(None, None, None)
     checking.on_step_end(None, None, None)
+    checking.finish()
     assert line.events == [Note("info", f"The resume was not checked: {clause}.")]
 
 
@@ -131,8 +132,10 @@ def test_a_pause_ends_the_check_at_once(jobs: Jobs) -> None:
     jobs.run("job", {5: [Pause()]}, training=TRAINING)
     checking = checking_of(jobs)
     checking.on_step_end(None, None, None)
+    while checking._process is None:
+        assert checking._thread is not None
+        checking._thread.join(0.01)
     checking.drop()
-    assert checking._process is not None
     assert checking._process.returncode == -signal.SIGKILL
     assert not (jobs.checkpoints() / REPLAY).exists()
     # And in a run that is paused in the middle of it nothing is said of it.
