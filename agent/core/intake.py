@@ -81,7 +81,8 @@ def _heard(job: Job, event: AnyEvent, now: float) -> tuple[Job, list[Effect]]:
                 saved_bytes=event.size,
                 losses=0,
                 exits=[],
-                accept_changes=False,
+                # The word of one who resumes a job that is still pausing is for the start after this save.
+                accept_changes=job.accept_changes and job.state is JobState.PAUSING,
             )
             name = event.path.replace("\\", "/").rstrip("/").rpartition("/")[2]
             record = Checkpoint(

@@ -250,6 +250,13 @@ def test_the_users_word_holds_until_the_next_checkpoint() -> None:
     assert not wanted(paused, W.RUN, by="user", now=1.0)[0].accept_changes
 
 
+def test_the_users_word_outlives_the_save_of_a_pause() -> None:
+    new, _ = wanted(job(S.PAUSING, want=W.PAUSE), W.RUN, by="user", now=1.0, accept_changes=True)
+    heard = hear(new, Numbered(1, 1, Saved("/c/j/step-4", 4, 0.5, 1, 1.0, "pause")), now=2.0)
+    assert heard is not None
+    assert heard[0].accept_changes
+
+
 def test_the_users_word_is_for_a_start_and_for_nothing_else() -> None:
     assert not wanted(job(), W.RUN, by="user", now=1.0, accept_changes=True)[0].accept_changes
     assert not wanted(job(S.PAUSED), W.CANCEL, by="user", now=1.0, accept_changes=True)[0].accept_changes
