@@ -209,7 +209,8 @@ def _take(db: Db, job: Job, record: AnyRecord, now: float) -> None:
                 "INSERT OR REPLACE INTO checkpoints (job, attempt, name, body) VALUES (?,?,?,?)",
                 (job.id, record.attempt, record.name, encode_record(record)),
             )
-            job.accept_changes = False
+            if record.reason != "pause":  # the word may be that of one who resumes a job still pausing
+                job.accept_changes = False
             if record.is_best:
                 job.best_checkpoint_path = record.name
         case Notice(time=time, level=level, text=text):

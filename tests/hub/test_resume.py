@@ -32,6 +32,11 @@ def test_the_users_word_goes_with_a_resume_and_a_retry_and_is_spent(
             resume = {"action": "resume", "accept_changes": True}
             assert post(client, job_id, "control", resume).status_code == 200
             await agent.until(lambda: agent.desired[job_id].accept_changes)
+            agent.add(Checkpoint(time.time(), 1, "step-3", 3, 0.4, 10, 0.1, "pause"), job_id)
+            await agent.until_acked()
+            adjust(client, job_id, save_steps=50)
+            await agent.until(lambda: agent.desired[job_id].parameters.save_steps == 50)
+            assert agent.desired[job_id].accept_changes
             agent.add(Checkpoint(time.time(), 2, "step-4", 4, 0.5, 10, 0.1, "schedule"), job_id)
             agent.add(JobStatus(time.time(), 2, "failed", failure=why), job_id)
             await agent.until_acked()
