@@ -7,6 +7,7 @@ from protocol.messages import (
     Open,
     StreamAck,
     StreamClosed,
+    StreamHead,
     Tomb,
     Welcome,
 )
@@ -80,6 +81,18 @@ def test_a_stream_is_opened_once_and_has_a_position_first() -> None:
 
 
 # Receiving
+
+
+def test_a_number_that_no_database_holds_is_a_defect() -> None:
+    large = StreamHead(2, 2**63, "job", 0, 1, 1)
+    session = HubSession(0.0)
+    session.receive(hello(large), 0.0)
+    opened, buried = hub(head(CONTROL, 1, 1)), hub(head(CONTROL, 1, 1))
+    opened.receive(Open(large), 0.0)
+    for one in (session, opened):
+        assert one.closing == Closing(Close.MALFORMED, "an epoch has at most 63 bits")
+    assert buried.receive(Tomb(1, 1, 2**63, "overflow", 1), 0.0) == []
+    assert buried.closing is not None and buried.closing.code == Close.MALFORMED
 
 
 def test_only_the_new_part_of_a_frame_is_applied() -> None:
