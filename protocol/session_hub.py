@@ -192,7 +192,8 @@ class HubSession(Base):
             return now
         if self._silent(now):
             return now
-        return self._heard + SILENCE * self.heartbeat
+        silent = self._heard + SILENCE * self.heartbeat
+        return silent if self.hello is not None else min(silent, self._began + WELCOME_WITHIN)
 
     def outgoing(self, now: float) -> list[HubMessage]:
         """Take what must be sent now; acknowledgements are gathered into one frame."""

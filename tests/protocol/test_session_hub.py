@@ -26,7 +26,7 @@ from tests.protocol.simulation import raw
 
 def test_without_a_hello_the_backend_gives_up() -> None:
     session = HubSession(100.0)
-    session.tick(109.9)
+    assert session.tick(109.9) == 110.0
     assert session.closing is None
     session.tick(110.0)
     assert session.closing == Closing(1002, "no HELLO within 10 s")
