@@ -71,6 +71,8 @@ class Drain(ABC):
         self.client = client
         self.uplink = uplink
         self.clock = clock
+        self.aside = (0.5, ASIDE_MOST)
+        """Seconds for which what went wrong is left alone, at first and at most."""
         self.sent = 0
         """Records delivered."""
         self._wake = anyio.Event()
@@ -159,7 +161,7 @@ class Drain(ABC):
 
     def _set_aside(self, what: Key | str, error: RestError) -> float:
         """Leave a stream, or the looks at a job, alone for a while; the others are not to wait for it."""
-        waits = self._aside[what][1] if what in self._aside else backoff(first=0.5, cap=ASIDE_MOST)
+        waits = self._aside[what][1] if what in self._aside else backoff(*self.aside)
         pause = next(waits)
         if isinstance(error, Unreached):
             pause += error.retry_after

@@ -61,7 +61,7 @@ class PlatformDrain(Drain):
         self._notices: set[str] = set()
         """Jobs whose last notice is in doubt."""
         self._unsettled: dict[str, float] = {}
-        self._tries: dict[str, int] = {}
+        self._tries: dict[tuple[str, str], int] = {}
         self._written: dict[str, float] = {}
 
     def in_doubt(self) -> None:
@@ -316,10 +316,10 @@ class PlatformDrain(Drain):
             await self._call("PATCH", path, job_id, body)
         except Unclear as error:
             # Its table may know no such status.
-            if word != "paused" or not self._give_up(job_id, error):
+            if word != "paused" or not self._give_up(job_id, word, error):
                 raise
             return
-        self._tries.pop(job_id, None)
+        self._tries.pop((job_id, word), None)
         memo.status = word
         if late and JobState(record.state) in TERMINAL:
             # An earlier word of ours may have been carried out after this one.
@@ -331,23 +331,24 @@ class PlatformDrain(Drain):
         """Write what only the jobs route can. A value that its table refuses is told apart from a bad hour by tries."""
         if not fields:
             return
+        what = ", ".join(fields)
         try:
             await told(self.client, {"job_id": job_id, **fields})
         except Unclear as error:
-            if not self._give_up(job_id, error):
+            if not self._give_up(job_id, what, error):
                 raise
         except Said as said:
             if said.status != 400:
                 raise
-            logger.error("job {}: the platform does not take {}: {}", job_id, ", ".join(fields), said)
-        self._tries.pop(job_id, None)
+            logger.error("job {}: the platform does not take {}: {}", job_id, what, said)
+        self._tries.pop((job_id, what), None)
 
-    def _give_up(self, job_id: str, error: RestError) -> bool:
-        self._tries[job_id] = self._tries.get(job_id, 0) + 1
-        if self._tries[job_id] < TRIES:
+    def _give_up(self, job_id: str, what: str, error: RestError) -> bool:
+        tries = self._tries[job_id, what] = self._tries.get((job_id, what), 0) + 1
+        if tries < TRIES:
             return False
-        logger.error("job {}: given up after {} tries: {}", job_id, TRIES, error)
-        self._tries.pop(job_id)
+        logger.error("job {}: {} given up after {} tries: {}", job_id, what, tries, error)
+        del self._tries[job_id, what]
         return True
 
     # What is done to jobs there

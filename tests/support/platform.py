@@ -20,83 +20,20 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
-KEY = "wak_" + "k" * 32
-STATUSES = ("running", "completed", "failed", "cancelled", "paused")
-POINT_COLUMNS = (
-    *("train_loss", "eval_loss", "learning_rate", "grad_norm", "gpu_memory_allocated_gb"),
-    *("gpu_memory_reserved_gb", "gpu_utilization_percent", "perplexity", "train_perplexity"),
-    *("samples_per_second", "tokens_per_second"),
+from tests.support.platform_rows import (
+    BATCH_COLUMNS,
+    KEY,
+    LOG_CAP,
+    POINT_COLUMNS,
+    STATUSES,
+    SUMMARY,
+    WRITABLE,
+    Lost,
+    Refused,
 )
-BATCH_COLUMNS = (
-    *POINT_COLUMNS,
-    "loss_trend",
-    "best_eval_loss",
-    "best_epoch",
-    "best_step",
-    "epochs_without_improvement",
-)
-SUMMARY = (
-    *(
-        "loss",
-        "eval_loss",
-        "learning_rate",
-        "grad_norm",
-        "samples_per_second",
-        "perplexity",
-        "train_perplexity",
-    ),
-    *("gpu_memory_allocated_gb", "gpu_memory_reserved_gb", "gpu_utilization_percent"),
-)
-WRITABLE = (
-    *(
-        "model_name",
-        "dataset_path",
-        "status",
-        "config",
-        "job_token",
-        "total_epochs",
-        "total_steps",
-        "total_samples",
-    ),
-    *(
-        "train_samples",
-        "val_samples",
-        "total_tokens_processed",
-        "final_loss",
-        "final_eval_loss",
-        "best_eval_loss",
-    ),
-    *(
-        "best_epoch",
-        "best_step",
-        "started_at",
-        "completed_at",
-        "elapsed_seconds",
-        "remaining_seconds",
-        "progress",
-    ),
-    *("current_epoch", "current_step", "epochs_without_improvement", "loss_trend", "resume_from_checkpoint"),
-    *("num_gpus", "parameter_updates", "error_message", "batch_size", "gradient_accumulation_steps"),
-    *("max_learning_rate", *SUMMARY),
-)
-LOG_CAP = 10_000
 
-
-class Refused(Exception):
-    """An answer other than 200."""
-
-    def __init__(self, status: int, error: str, **more: Any) -> None:
-        super().__init__(error)
-        self.status, self.body = status, {"error": error, **more}
-
-
-class _Lost(Response):
-    """The connection ends before the answer does."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9999")]})
+__all__ = ["KEY", "LOG_CAP", "Platform"]
 
 
 def now() -> str:
@@ -227,7 +164,7 @@ class Platform:
             if kind == "429":
                 return JSONResponse({"error": "Rate limit exceeded. Try again later."}, 429)
             if kind == "dropped":
-                return _Lost()
+                return Lost()
             if kind == "202":
                 body = await request.json()
                 accepted = {"success": True, "accepted": True, "persisted": False, "job_id": body["job_id"]}
@@ -244,7 +181,7 @@ class Platform:
                 await anyio.sleep(self.late)
             if kind == "gateway":
                 return Response("<h1>Bad gateway</h1>", 502)
-            return _Lost() if kind == "lost" else JSONResponse(reply)
+            return Lost() if kind == "lost" else JSONResponse(reply)
 
         return answer
 

@@ -1,0 +1,235 @@
+"""Records to the hosted platform as it is: nothing lost and nothing twice, although it numbers nothing."""
+
+import math
+import random
+
+import anyio
+import pytest
+
+from agent.net.client import Unreached
+from agent.net.platform import LOG_CAP
+from protocol.records import Checkpoint, JobFacts, Notice, Result
+from protocol.rest import POLL
+from tests.net.kept import Kept, client, deliver, drain, kept
+from tests.support.platform import Platform
+
+
+def steps(platform: Platform, store: Kept) -> list[int]:
+    return [point["step"] for point in platform.chart(store.job_id)]
+
+
+def test_points_keep_their_order_their_times_and_the_newest_evaluation() -> None:
+    with Platform() as platform:
+        store = kept(platform)
+        for step in range(3):
+            store.step(step, loss=3.0 - step)
+        store.evaluated(2, 1.5)
+        deliver(platform, store)
+        row = platform.rows[store.job_id]
+        assert steps(platform, store) == [0, 1, 2, 2]
+        store.step(3, loss=math.nan)
+        deliver(platform, store)
+        last = platform.chart(store.job_id)[-1]
+        # A point of training alone, and yet the page's summary keeps its evaluation.
+        assert (last["step"], last["train_loss"], last["eval_loss"], last["best_step"]) == (3, None, 1.5, 2)
+        assert (row["eval_loss"], row["perplexity"], row["best_eval_loss"]) == (1.5, 2.0, 1.5)
+        assert row["loss_trend"] == "improving" and last["timestamp"] == "2001-09-09T01:46:43.000Z"
+        assert all(isinstance(point["epoch"], int) for point in platform.chart(store.job_id))
+        assert platform.seen["put"] == 0
+
+
+@pytest.mark.parametrize("fault", ["lost", "dropped", "gateway", "500", "502", "slow", "late"])
+def test_what_is_in_doubt_is_read_back_before_it_is_sent_again(fault: str) -> None:
+    with Platform() as platform:
+        store = kept(platform)
+        platform.late = 0.7
+        for step in range(1, 900):
+            store.step(step)
+        store.print(*(f"line {number}" for number in range(700)))
+        platform.fault("metrics", fault)
+        platform.fault("logs", fault)
+        deliver_slowly = fault in ("slow", "late")
+        deliver(platform, store, within=0.3 if deliver_slowly else 5.0, settle=1.2 if deliver_slowly else 0.0)
+        assert steps(platform, store) == list(range(1, 900))
+        assert platform.log[store.job_id] == [f"line {number}" for number in range(700)]
+        assert platform.faulted[fault] == 2 and platform.most_writers == 1
+
+
+def test_too_many_requests_are_waited_out_for_the_platforms_minute() -> None:
+    with Platform() as platform:
+        platform.fault("poll", "429")
+
+        async def ask() -> float:
+            rest = client(platform)
+            with pytest.raises(Unreached) as refused:
+                await rest.get(POLL)
+            await rest.close()
+            return refused.value.retry_after
+
+        assert anyio.run(ask) == 60.0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nothing_is_lost_or_doubled_under_any_mixture_of_faults_and_crashes(seed: int) -> None:
+    chance = random.Random(seed)
+    kinds = ["lost", "dropped", "gateway", "500", "502", "", "", ""]
+    with Platform(rate_limit=100_000) as platform:
+        store = kept(platform)
+        told: list[str] = []
+        step = 0
+        for _ in range(12):
+            for _ in range(chance.randrange(1, 120)):
+                step += 1
+                store.step(step)
+            lines = [f"{len(told) + number}" for number in range(chance.randrange(1, 40))]
+            # Equal lines beside each other are told apart by their count alone.
+            lines += ["same"] * chance.randrange(0, 4)
+            told += lines
+            store.print(*lines)
+            if chance.random() < 0.3:
+                store.add(store.control, Notice(1e9, "warning", f"notice {len(told)}"))
+            for route in ("metrics", "logs", "status", "jobs", "read-metrics", "read-logs"):
+                platform.fault(route, *chance.choices(kinds, k=2))
+
+            async def for_a_while() -> None:
+                rest = client(platform)
+                with anyio.move_on_after(chance.uniform(0.0, 0.15)):
+                    await drain(rest, store).run()
+                await rest.close()
+
+            anyio.run(for_a_while)
+        platform._faults.clear()
+        deliver(platform, store)
+        assert steps(platform, store) == list(range(1, step + 1)), seed
+        log = platform.log[store.job_id]
+        assert [line for line in log if not line.startswith("[agent]")] == told, seed
+        notices = [line for line in log if line.startswith("[agent]")]
+        assert len(notices) == len(set(notices)), seed
+
+
+def test_steps_that_are_made_again_after_a_lost_worker_are_not_drawn_twice() -> None:
+    with Platform() as platform:
+        store = kept(platform)
+        for step in range(1, 31):
+            store.step(step)
+        deliver(platform, store)
+        store.status("queued")
+        store.status("running", attempt=2)
+        for step in range(21, 41):
+            store.step(step, attempt=2)
+        deliver(platform, store)
+        assert steps(platform, store) == list(range(1, 41))
+        # To the platform the job was running all the time.
+        assert platform.patches == []
+
+
+def test_totals_times_results_and_errors_go_through_the_jobs_route() -> None:
+    with Platform() as platform:
+        store = kept(platform)
+        platform.fault("jobs", "202", "lost")
+        store.status("preparing")
+        store.add(store.control, JobFacts(1e9, 1, 120, 2.5, 0, 90, 10, 4, 2, 2e-4))
+        store.add(store.control, Checkpoint(1e9, 1, "step-40", 40, 0.9, 1, 1.0, "steps", 1.25, None, True))
+        store.add(
+            store.control, Result(1e9, 1, "/m", "", "", 120, {"train_loss": 0.5, "eval_loss": math.inf})
+        )
+        store.status("completed")
+        deliver(platform, store)
+        row = platform.rows[store.job_id]
+        assert (row["total_steps"], row["total_epochs"], row["total_samples"]) == (120, 3, 100)
+        assert (row["train_samples"], row["val_samples"], row["batch_size"]) == (90, 10, 4)
+        assert (row["gradient_accumulation_steps"], row["max_learning_rate"]) == (2, 2e-4)
+        assert row["started_at"] == "2001-09-09T01:46:40.000Z"
+        assert (row["best_step"], row["best_eval_loss"], row["final_loss"]) == (40, 1.25, 0.5)
+        assert (row["final_eval_loss"], row["progress"], row["status"]) == (None, 100, "completed")
+        assert row["config"] == {"model": {"name": "m"}}
+
+
+def test_a_pause_that_its_table_does_not_know_holds_nothing_up() -> None:
+    with Platform(paused_allowed=False) as platform:
+        store = kept(platform)
+        store.status("paused")
+        store.status("running")
+        store.step(1)
+        deliver(platform, store)
+        assert platform.rows[store.job_id]["status"] == "running" and steps(platform, store) == [1]
+
+
+def test_lines_are_told_apart_also_where_the_platform_forgets_the_oldest() -> None:
+    with Platform() as platform:
+        store = kept(platform)
+        platform.log[store.job_id] = [f"old {number}" for number in range(LOG_CAP)]
+        platform.fault("logs", "lost", "dropped")
+        store.print(*(f"new {number}" for number in range(600)))
+        store.print("last")
+        deliver(platform, store)
+        log = platform.log[store.job_id]
+        assert log[-601:] == [*(f"new {number}" for number in range(600)), "last"] and len(log) == LOG_CAP
+        assert log[-602] == f"old {LOG_CAP - 1}"
+
+
+def test_a_token_that_is_lost_or_refused_is_asked_for_and_a_deleted_job_is_dropped() -> None:
+    with Platform() as platform:
+        store = kept(platform)
+        store.tokens.clear()
+        store.step(1)
+        deliver(platform, store)
+        store.tokens[store.job_id] = "wrong"
+        store.step(2)
+        deliver(platform, store)
+        assert steps(platform, store) == [1, 2]
+        assert store.tokens[store.job_id] == platform.rows[store.job_id]["job_token"]
+        row = platform.rows.pop(store.job_id)
+        store.step(3)
+        store.print("x")
+        deliver(platform, store)
+        assert store.refused and row["id"] not in platform.rows, "an agent made a row"
+
+
+async def _looked(platform: Platform, store: Kept, said: str) -> list[str]:
+    rest = client(platform)
+    made = drain(rest, store)
+    platform.rows[store.job_id]["status"] = said
+    await made.look(store.held[store.job_id])
+    await rest.close()
+    return [wish.want for wish in store.wishes]
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [("cancelled", ["cancel"]), ("paused", ["pause"]), ("running", []), ("failed", []), ("completed", [])],
+)
+def test_what_the_platform_says_of_a_job_is_obeyed_where_it_is_its_to_say(
+    said: str, wanted: list[str]
+) -> None:
+    with Platform() as platform:
+        store = kept(platform)
+        assert anyio.run(_looked, platform, store, said) == wanted
+        # Once: the same status again is no news.
+        assert anyio.run(_looked, platform, store, said) == wanted
+        # Nor does a word that was on its way undo it.
+        if wanted:
+            store.status("running")
+            deliver(platform, store)
+            assert platform.rows[store.job_id]["status"] == said
+
+
+def test_a_quiet_job_is_confirmed_before_the_page_calls_it_stale() -> None:
+    with Platform() as platform:
+        store = kept(platform)
+        row = platform.rows[store.job_id]
+        row["updated_at"] -= 400
+        assert platform.stale(store.job_id)
+
+        async def run() -> None:
+            now = 0.0
+            rest = client(platform)
+            made = drain(rest, store, clock=lambda: now)
+            await made.look(store.held[store.job_id])
+            assert platform.stale(store.job_id)
+            now = 130.0
+            await made.look(store.held[store.job_id])
+            await rest.close()
+
+        anyio.run(run)
+        assert not platform.stale(store.job_id)
