@@ -18,8 +18,9 @@ from protocol.worker import Workspace
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes")
 BESIDE = frozenset({
-    "checking", "demo", "entry", "errors", "estimate", "fake", "fingerprints", "inbox", "inputs", "line", "memory",
-    "output", "overflow", "probe", "replay", "run", "samples",
+    "check", "checking", "checkpoint", "contents", "demo", "disk", "entry", "errors", "estimate", "fake",
+    "fingerprints", "forecast", "formula", "inbox", "inputs", "keeper", "line", "memory", "meter", "output", "overflow",
+    "planes", "probe", "reasons", "replay", "reporter", "restore", "samples", "sizes", "snapshot", "tensorfile",
 })  # fmt: skip
 """Modules of the trainer that do not decide what a step computes."""
 _BLOCK = 1 << 16

@@ -66,8 +66,9 @@ SAME_STATE = ({"adamw_torch", "adamw_torch_fused"},)
 SOFT_LORA = frozenset(("alpha", "dropout"))
 """What of an adapter can change while its weights keep their meaning."""
 COMPUTES = frozenset(
-    ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "bitsandbytes", "agent")
+    ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "bitsandbytes", "code")
 )
+"""What a step's figures come from. The agent's own number is noted: its training code has a mark of its own."""
 FRESH = "it begins with no state of its own, as at the start of a run"
 HOW = (
     "Put the old back, or say that the changes are meant: resume with accept_changes "
@@ -109,10 +110,13 @@ def _of_model(
                 Weight.NEVER,
             )
         )
-    for name in ("dtype", "quantization", "trust_remote_code", "revision"):
+    for name in ("dtype", "quantization"):
         old, new = getattr(before.model, name), getattr(now.model, name)
         if old != new:
             told.append(Difference(f"model.{name}", f"model.{name} {_was(old, new)}", Weight.NEVER))
+    if before.tokenizer.padding_side != now.tokenizer.padding_side:
+        what = f"tokenizer.padding_side {_was(before.tokenizer.padding_side, now.tokenizer.padding_side)}"
+        told.append(Difference("padding_side", what, then="it holds from here on"))
     if (before.lora is None) is not (now.lora is None):
         kinds = ("a full fine-tuning", "an adapter's training")
         old, new = kinds if before.lora is None else kinds[::-1]
@@ -267,11 +271,14 @@ def check(
         else:
             note("info" if branch else "warning", f"{_sentence(one.what)}: accepted; {one.then}.")
     names = {one.name.removeprefix("training.") for one in told if one.name.startswith("training.")}
-    _place(progress, {one.name for one in told}, names, spec)
+    anew = _place(progress, {one.name for one in told}, names, spec)
     if branch:
         _begin_branch(progress)
+    # Where the epochs are given, another number of steps in them is another course of the learning rate.
+    stretched = spec.training.max_steps is None and (anew or bool(names & BATCH))
     fresh = any(one.then == FRESH for one in told)
-    return Accepted(spec.training, names, _learning_rate(progress, spec, names), fresh, note)
+    rate = _learning_rate(progress, spec, names, stretched or fresh)
+    return Accepted(spec.training, names, rate, fresh, note)
 
 
 def _branches(found: Found, spec: JobSpec) -> bool:
@@ -287,12 +294,16 @@ def _branches(found: Found, spec: JobSpec) -> bool:
     )
 
 
-def _place(progress: Progress, told: set[str], names: set[str], spec: JobSpec) -> None:
-    """Bring the place in the data, and the live parameters, to what was changed."""
+def _place(progress: Progress, told: set[str], names: set[str], spec: JobSpec) -> bool:
+    """Bring the place in the data, and the live parameters, to what was changed.
+
+    Return whether the rows come anew.
+    """
     place = progress.place
     other_rows = told & {"tokenizer", "template", "rows", "data.eval_fraction", "data.streaming"}
     lengths_by_batch = spec.training.group_by_length and names & BATCH
-    if other_rows or names & ORDER or lengths_by_batch:
+    anew = bool(other_rows or names & ORDER or lengths_by_batch)
+    if anew:
         place.rows = place.stream_rows = 0
         place.digest = ""
     if names & BATCH:
@@ -304,6 +315,7 @@ def _place(progress: Progress, told: set[str], names: set[str], spec: JobSpec) -
     # A setting that was changed by hand goes before the one that was set while the job ran.
     undone = {name: None for name in Parameters.__struct_fields__ if name in names}
     progress.parameters = msgspec.structs.replace(progress.parameters, **undone)
+    return anew
 
 
 def _begin_branch(progress: Progress) -> None:
@@ -320,10 +332,10 @@ def _forget_best(progress: Progress) -> None:
     progress.without_improvement = 0
 
 
-def _learning_rate(progress: Progress, spec: JobSpec, names: set[str]) -> float | None:
+def _learning_rate(progress: Progress, spec: JobSpec, names: set[str], stretched: bool) -> float | None:
     if "learning_rate" in names:
         return spec.training.learning_rate
-    if names & (SHAPE | {"optim"}):
+    if stretched or names & SHAPE:
         return progress.parameters.learning_rate or spec.training.learning_rate
     return None
 

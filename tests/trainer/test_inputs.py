@@ -162,6 +162,20 @@ def test_another_template_is_not_taken_for_other_rows(jobs: Jobs) -> None:
     assert "saved: the chat template is another. " in sentence
 
 
+def test_more_rows_of_so_many_epochs_are_another_course_of_the_learning_rate(
+    jobs: Jobs, tmp_path: Path
+) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", chat_rows(16))
+    epochs = {"epochs": 2.0, "max_steps": None, "batch_size": 4}
+    jobs.run("job", {3: [Pause()]}, rows=rows, training=epochs)
+    write_jsonl(rows, chat_rows(32))
+    line = jobs.run("job", attempt=2, rows=rows, training=epochs, accept_changes=True)
+    assert line.of(Ready)[0].total_steps == 16
+    # Half of two epochs of 16 rows are behind, and a quarter of two of 32.
+    assert "The learning rate goes from 0.005 to 0.0075 after step 4." in [n.text for n in line.of(Note)]
+    assert line.points[5]["learning_rate"] == pytest.approx(1e-2 * 12 / 16)
+
+
 def test_all_that_changed_is_listed_at_once() -> None:
     spec = changed(learning_rate=1e-3, seed=7, logging_steps=3)
     sentence = refused(lambda: check(spec, rows="b"))
@@ -197,18 +211,28 @@ def test_a_model_that_was_only_moved_is_the_same() -> None:
     assert check(msgspec.structs.replace(SPEC, model=ModelSpec(name="elsewhere/m")))[0] == []
 
 
-@pytest.mark.parametrize("name", ["torch", "trl", "agent"])
+@pytest.mark.parametrize("name", ["torch", "trl", "code"])
 def test_another_version_of_what_computes_needs_the_word(name: str) -> None:
     now = fingerprints.versions()[name]
     found = saved(versions={name: "0.1"})
-    assert f"{name} was 0.1 and is {now}" in refused(lambda: check(SPEC, found))
+    clause = "the agent's training code is another" if name == "code" else f"{name} was 0.1 and is {now}"
+    assert clause in refused(lambda: check(SPEC, found))
     (note,) = check(SPEC, found, accept=True)[0]
     assert note.endswith("accepted; results may differ in their last digits.")
 
 
-def test_another_machine_is_noted() -> None:
-    (note,) = check(SPEC, saved(versions={"device": "H200"}))[0]
-    assert note == "warning: Device was H200 and is cpu since the checkpoint step-4."
+@pytest.mark.parametrize(("name", "old"), [("device", "H200"), ("threads", "64"), ("agent", "0.9.0")])
+def test_another_machine_and_another_number_of_ours_are_noted(name: str, old: str) -> None:
+    now = fingerprints.versions()[name]
+    (note,) = check(SPEC, saved(versions={name: old}))[0]
+    assert note == f"warning: {name.capitalize()} was {old} and is {now} since the checkpoint step-4."
+
+
+def test_the_mark_of_the_code_is_that_of_what_decides_a_step() -> None:
+    here = {path.stem for path in Path(fingerprints.__file__).parent.glob("*.py")}
+    # A module that is gone or renamed must not stay listed, or a new one takes its place unseen.
+    assert not fingerprints.BESIDE - here
+    assert not {"steps", "batches", "control", "methods", "model", "data", "run"} & fingerprints.BESIDE
 
 
 def test_what_is_not_used_may_have_any_version() -> None:
