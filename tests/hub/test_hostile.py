@@ -19,6 +19,14 @@ CONNECTIONS = 40
 CLOSES = {*map(int, Close), 1009}
 
 
+def job_of(client: httpx.Client, agent_id: str) -> str:
+    """Return a job that this agent holds, so that its streams are taken."""
+    job_id, _ = submit(client)
+    claimed = client.post(CLAIM.format(job_id=job_id), headers={HEADER_AGENT: agent_id})
+    assert claimed.status_code == 200
+    return job_id
+
+
 @pytest.mark.parametrize("subprotocol", SUBPROTOCOLS, ids=["msgpack", "json"])
 def test_hostile_frames_do_not_hurt_the_hub(hub: HubProcess, client: httpx.Client, subprotocol: str) -> None:
     seed = random.getrandbits(32)
@@ -30,9 +38,7 @@ def test_hostile_frames_do_not_hurt_the_hub(hub: HubProcess, client: httpx.Clien
 
     async def one(number: int) -> None:
         agent = an_agent(hub, subprotocol=subprotocol)
-        job_id, _ = submit(client)
-        claimed = client.post(CLAIM.format(job_id=job_id), headers={HEADER_AGENT: agent.agent_id})
-        assert claimed.status_code == 200
+        job_id = job_of(client, agent.agent_id)
         for scope in ("", job_id):
             for lane in range(3):
                 agent.records[Key(agent.epoch, scope, lane)] = [b"\x90"]
