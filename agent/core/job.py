@@ -279,7 +279,7 @@ def unhold(job: Job, *, now: float, why: str = "") -> tuple[Job, list[Effect]]:
     """Let a job go on that the agent itself had paused; ``why`` is told to the user."""
     by = job.held_for or "agent"
     job, effects = settle(msgspec.structs.replace(job, **FREE), now=now, by=by)
-    if not why:
+    if not why or job.state is JobState.PAUSED:
         return job, effects
     job, told = note(job, "info", why, now=now)
     return job, [*effects, told]
