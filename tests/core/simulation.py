@@ -2,10 +2,13 @@
 
 The core is real; the trainer is a few lines that say what a real one says, and it may die at
 any time. What is said arrives late, as over the real queue.
+
+`python -m tests.core.simulation --schedules 100000 --seed 0` runs so many and prints what happened.
 """
 
 import random
-from collections import deque
+import sys
+from collections import Counter, deque
 
 import msgspec
 
@@ -39,6 +42,16 @@ from protocol.worker import (
     Stop,
     Trained,
 )
+from tests.support.schedules import many
+
+ENDS = {
+    Want.RUN: {JobState.COMPLETED},
+    Want.STOP: {JobState.COMPLETED},
+    # A job that was done before the pause reached it is complete.
+    Want.PAUSE: {JobState.PAUSED, JobState.COMPLETED},
+    Want.CANCEL: {JobState.CANCELLED},
+}
+"""Where a job comes to rest, for what was wanted last; one that ended before stays where it is."""
 
 
 class Process:
@@ -112,6 +125,7 @@ class World:
         self.draining = False
         self.states: list[JobState] = []
         self.attempts: list[int] = []
+        self.happened: Counter[str] = Counter()
         self.now = 0.0
 
     def take(self, outcome: tuple[Job, list[Effect]] | None) -> None:
@@ -254,7 +268,9 @@ class World:
         self.take(react(self.job, Trigger.SAVED, now=0.0))
         for _ in range(steps):
             self.now += 1
-            self.random.choice(usual if self.random.random() < 0.85 else rare)()
+            event = self.random.choice(usual if self.random.random() < 0.85 else rare)
+            self.happened[event.__name__] += 1
+            event()
             self.check()
         for _ in range(300):
             self.work()
@@ -277,3 +293,26 @@ class World:
         if job.state is JobState.FAILED:
             assert job.failure is not None
         assert msgspec.msgpack.decode(msgspec.msgpack.encode(job), type=Job) == job
+
+    def check_rest(self) -> None:
+        """What must hold once nothing happens any more."""
+        job = self.job
+        rest = ENDS[job.want] | {JobState.FAILED, JobState.CANCELLED}
+        assert job.state in rest, f"{job.state} where {job.want} is wanted"
+        if job.state is JobState.FAILED:
+            assert job.failure is not None
+            assert job.failure.reason in (FailureReason.DATA, FailureReason.LOST)
+        assert self.process is None
+        assert self.states[-1:] in ([], [job.state]), "the last thing told is how it stands"
+
+
+def check(seed: int) -> Counter[str]:
+    """Run one schedule; raise AssertionError where something is wrong."""
+    world = World(seed)
+    world.run(150)
+    world.check_rest()
+    return world.happened + Counter({"attempts": len(world.attempts), f"ended {world.job.state}": 1})
+
+
+if __name__ == "__main__":
+    sys.exit(many(check, sys.argv[1:], prog="tests.core.simulation"))

@@ -1,11 +1,15 @@
 """An agent, a backend and a bad network between them, all from one seed and without a clock.
 
+`python -m tests.protocol.simulation --schedules 100000 --seed 0` runs so many and prints what happened.
+
 Both ends are the real sessions with the real codec. What is made up is what surrounds them: a
-journal, a store whose commits take their time, and connections that lose whatever is on the way.
+journal, a store whose commits take their time, connections that lose whatever is on the way, and
+REST appends while there is no connection, which may be carried out when nobody waits for them any more.
 """
 
 import random
-from collections import deque
+import sys
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import msgspec
@@ -24,8 +28,11 @@ from protocol.session import (
     Opened,
 )
 from tests.protocol.golden import MACHINE
+from tests.support.schedules import many
 
 HEARTBEAT = 15.0
+PART = b""
+"""A frame that was cut in its middle: bytes came, and no message."""
 
 
 @dataclass
@@ -93,6 +100,15 @@ class Wire:
     owner: tuple[int, int] = (0, 0)
 
 
+@dataclass(eq=False)
+class Append:
+    """A REST append on its way."""
+
+    key: Key
+    lo: int
+    texts: list[str | None]
+
+
 class World:
     """One run. Everything that can happen is a method; ``run`` makes a schedule of them."""
 
@@ -105,7 +121,11 @@ class World:
         self.backup = Store()
         self.wires: list[Wire] = []
         self.produced: dict[Key, list[str | None]] = {}
+        self.appends: list[Append] = []
+        self.awaited: Append | None = None
+        """The one whose answer the agent waits for: it makes one at a time."""
         self.attempt = 0
+        self.happened: Counter[str] = Counter()
         self.refused: list[tuple[int, str]] = []
         """Where an end found fault with the other; silence and takeovers are no faults."""
         self.restart_agent()
@@ -121,6 +141,7 @@ class World:
         """Kill the agent and start it: its connection is left open at the other end."""
         if self.wire:
             self.wire.agent_gone = True
+        self.awaited = None
         self.journal.boot += 1
         self.journal.epoch = self.random.getrandbits(63)
         self.attempt = 0
@@ -140,6 +161,8 @@ class World:
         """Connect, dropping what connection there was."""
         if self.wire:
             self.wire.agent_gone = True
+        # REST is stopped before HELLO; what it had sent may still be carried out.
+        self.awaited = None
         self.attempt += 1
         hello = Hello(
             "agent_0123456789abcdef",
@@ -187,19 +210,55 @@ class World:
         wire = self.wire
         if wire is None or not wire.down:
             return
-        for news in wire.agent.receive(wire.codec.decode_hub(wire.down.popleft()), self.now):
+        frame = wire.down.popleft()
+        if frame == PART:
+            wire.agent.heard(self.now)
+            return
+        for news in wire.agent.receive(wire.codec.decode_hub(frame), self.now):
             if isinstance(news, Acked):
                 key, seq = news.key, news.seq
                 self.journal.acked[key] = max(seq, self.journal.acked[key])
 
+    def append(self) -> None:
+        """Send some records by REST, while there is no connection and no other append to wait for."""
+        waiting = [key for key, rows in self.journal.streams.items() if self.journal.acked[key] < len(rows)]
+        if self.wire or self.awaited or not waiting:
+            return
+        key = min(waiting, key=lambda one: one.lane)
+        after = self.journal.acked[key]
+        self.awaited = Append(
+            key, after + 1, self.produced[key][after : after + self.random.choice([1, 3, 50])]
+        )
+        self.appends.append(self.awaited)
+        self.happened["append"] += 1
+
     # The backend
+
+    def take_append(self) -> None:
+        """Carry out a REST append, an abandoned one too; its answer may be lost."""
+        if not self.appends:
+            return
+        append = self.appends.pop(self.random.randrange(len(self.appends)))
+        have = self.store.take(append.key, append.lo, append.texts)
+        if append is not self.awaited:
+            self.happened["late append"] += 1
+            return
+        self.awaited = None
+        if have is not None and self.random.random() < 0.7:
+            self.journal.acked[append.key] = max(have, self.journal.acked[append.key])
+        else:
+            self.happened["lost answer"] += 1
 
     def hub_reads(self) -> None:
         """Take one frame of any connection, of an abandoned one too: what was sent may still arrive."""
         for wire in self.random.sample(self.wires, len(self.wires)):
             if wire.hub_gone or not wire.up:
                 continue
-            message = wire.codec.decode_agent(wire.up.popleft())
+            frame = wire.up.popleft()
+            if frame == PART:
+                wire.hub.heard(self.now)
+                return
+            message = wire.codec.decode_agent(frame)
             for news in wire.hub.receive(message, self.now):
                 if isinstance(news, Greeted):
                     self._greet(wire, news.hello)
@@ -273,6 +332,10 @@ class World:
         for queue in (wire.up, wire.down):
             while queue and self.random.random() < 0.7:
                 queue.pop()
+                self.happened["lost frame"] += 1
+            if queue and self.random.random() < 0.3:
+                queue[-1] = PART
+                self.happened["frame cut"] += 1
         if self.random.random() < 0.7:
             wire.agent_gone = True
         if self.random.random() < 0.7:
@@ -295,6 +358,7 @@ class World:
     def run(self, steps: int) -> None:
         """Let ``steps`` things happen, then let the network be good until nothing is left to do."""
         usual = [self.agent_writes, self.agent_reads, self.hub_reads, self.hub_commits]
+        usual += [self.append, self.take_append]
         rare = [self.cut, self.dial, self.restart_hub, self.restart_agent, self.wait]
         for _ in range(steps):
             self._notice()
@@ -302,13 +366,17 @@ class World:
             if draw < 0.12:
                 self.produce()
             elif draw < 0.18:
-                self.random.choice(rare)()
+                event = self.random.choice(rare)
+                self.happened[event.__name__] += 1
+                event()
             else:
                 self.random.choice(usual)()
         self.calm()
 
     def calm(self) -> None:
         """Let the network be good until nothing is left to do."""
+        while self.appends:
+            self.take_append()
         for _ in range(5000):
             self._notice()
             # A cut that nobody has noticed ends by silence.
@@ -328,3 +396,19 @@ class World:
 def raw(text: str) -> msgspec.Raw:
     """Return a record as the journal holds it."""
     return msgspec.Raw(encode_record(Notice(0.0, "info", text)))
+
+
+def check(seed: int, steps: int = 250) -> Counter[str]:
+    """Run one schedule; raise AssertionError where what is stored is not what was produced."""
+    world = World(seed)
+    world.run(steps)
+    stored = world.stored()
+    lost = sum(len(texts) - len(stored.get(key, [])) for key, texts in world.produced.items())
+    assert stored == world.produced, f"the backend has other records; {lost} more were produced"
+    assert world.refused == [], f"an end found fault with the other: {world.refused}"
+    records = sum(map(len, stored.values()))
+    return world.happened + Counter({"records": records})
+
+
+if __name__ == "__main__":
+    sys.exit(many(check, sys.argv[1:], prog="tests.protocol.simulation"))

@@ -102,6 +102,18 @@ def test_only_the_new_part_of_a_frame_is_applied() -> None:
     assert session.receive(Data(1, 6, records[:1]), 0.0) == [Apply(CONTROL, 6, records[:1])]
 
 
+def test_what_came_by_another_way_is_not_acknowledged_on_this_connection() -> None:
+    session = hub(head(CONTROL, 1, 9))
+    session.receive(Data(1, 1, [raw("a"), raw("b")]), 0.0)
+    session.outgoing(0.0)
+    # A REST append of before was carried out only now: the store holds 9.
+    session.committed(CONTROL, 9)
+    assert session.outgoing(0.0) == [Ack([StreamAck(1, 2)])]
+    assert session.receive(Data(1, 3, [raw("c")]), 0.0) == [Apply(CONTROL, 3, [raw("c")])]
+    session.committed(CONTROL, 9)
+    assert session.outgoing(0.0) == [Ack([StreamAck(1, 3)])]
+
+
 def test_only_what_is_committed_is_acknowledged() -> None:
     session = hub(head(CONTROL, 1, 9))
     session.receive(Data(1, 1, [raw("a"), raw("b")]), 0.0)
