@@ -168,6 +168,19 @@ def test_lines_are_told_apart_also_where_the_platform_forgets_the_oldest() -> No
         assert log[-602] == f"old {LOG_CAP - 1}"
 
 
+@pytest.mark.parametrize("fault", ["lost", "dropped"])
+def test_a_notice_in_doubt_is_settled_before_the_log_goes_on(fault: str) -> None:
+    with Platform() as platform:
+        store = kept(platform)
+        store.print("one")
+        deliver(platform, store)
+        store.add(store.control, Notice(1e9, "warning", "half as fast"))
+        store.print("two")
+        platform.fault("logs", fault)
+        deliver(platform, store)
+        assert sorted(platform.log[store.job_id]) == ["[agent] warning: half as fast", "one", "two"]
+
+
 def test_a_token_that_is_lost_or_refused_is_asked_for_and_a_deleted_job_is_dropped() -> None:
     with Platform() as platform:
         store = kept(platform)

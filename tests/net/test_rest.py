@@ -1,0 +1,184 @@
+"""Our hub by REST: the socket's records under the same numbers, whatever happens on the way."""
+
+import random
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+
+from agent.net.client import RestClient
+from agent.net.rest import HubDrain
+from tests.hub.support import KEY, HubProcess, bearer, control, job_path, logs_of, status_of, submit
+from tests.net.kept import AGENT, Kept
+from tests.support.network import BadNetwork
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubProcess]:
+    with HubProcess(tmp_path_factory.mktemp("hub"), "--no-page") as process:
+        yield process
+
+
+def claimed(client: httpx.Client, agent: str = AGENT) -> Kept:
+    """Return the records of a job that an agent has claimed."""
+    job_id, token = submit(client)
+    assert (
+        client.post(f"/api/training/agent/claim/{job_id}", headers={"X-Agent-ID": agent}).status_code == 200
+    )
+    store = Kept(job_id)
+    store.tokens[job_id] = token
+    store.status("running")
+    return store
+
+
+async def run(url: str, store: Kept, within: float = 30.0) -> None:
+    """Drain until nothing is left."""
+    rest = RestClient(url, key=lambda: KEY, agent_id=AGENT, user_agent="test", answer_within=5.0)
+    made = HubDrain(rest, store)
+    made.aside = (0.02, 0.05)
+    made.hurry()
+    empty = anyio.Event()
+    store.on_change = lambda: None if sum(store.backlog()) else empty.set()
+    with anyio.fail_after(within):
+        async with anyio.create_task_group() as group:
+            group.start_soon(made.run)
+            if sum(store.backlog()):
+                await empty.wait()
+            group.cancel_scope.cancel()
+    await rest.close()
+
+
+def steps(client: httpx.Client, store: Kept) -> list[int]:
+    return [point["step"] for point in client.get(job_path(store.job_id, "metrics")).json()["metrics"]]
+
+
+def test_what_cannot_be_read_any_more_is_buried_and_the_rest_arrives(hub: HubProcess) -> None:
+    with hub.client() as client:
+        store = claimed(client)
+        store.step(1)
+        store.add(store.metrics, None, None)
+        store.step(4)
+        anyio.run(run, hub.url, store)
+        assert steps(client, store) == [1, 4]
+        notes = str(status_of(client, store.job_id))
+        assert "2 points of the curve were lost on the agent's machine (corrupt)" in notes
+
+
+def test_a_hub_that_lost_what_it_had_acknowledged_is_told_that_it_is_gone(hub: HubProcess) -> None:
+    with hub.client() as client:
+        store = claimed(client)
+        for step in range(1, 8):
+            store.step(step)
+        store.at[store.metrics] = 5
+        anyio.run(run, hub.url, store)
+        assert steps(client, store) == [6, 7]
+
+
+def test_every_answer_says_what_is_wanted(hub: HubProcess) -> None:
+    with hub.client() as client:
+        store = claimed(client)
+        anyio.run(run, hub.url, store)
+        before = len(store.wishes)
+        control(client, store.job_id, "pause")
+        client.patch(job_path(store.job_id, "update-params"), json={"learning_rate": 5e-5})
+        store.step(1)
+        anyio.run(run, hub.url, store)
+        wish = store.wishes[-1]
+        assert (len(store.wishes), wish.want, wish.parameters.learning_rate) == (before + 1, "pause", 5e-5)
+        store.step(2)
+        anyio.run(run, hub.url, store)
+        assert len(store.wishes) == before + 1, "the same version is no news"
+
+
+def test_a_job_that_another_agent_holds_takes_nothing_of_this_one(hub: HubProcess) -> None:
+    with hub.client() as client:
+        store = claimed(client, "agent_another01")
+        store.step(1)
+        anyio.run(run, hub.url, store)
+        assert {key.lane for key, _ in store.refused} == {0, 1} and steps(client, store) == []
+        mine = bearer(store.tokens[store.job_id])
+        assert client.post(job_path(store.job_id, "logs"), json={"logs": []}, headers=mine).status_code == 200
+
+
+class _Narrow(BaseHTTPRequestHandler):
+    """A proxy that lets no body of more than 900 bytes pass."""
+
+    target = ""
+
+    def do_PUT(self) -> None:  # the library's name
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if len(body) > 900:
+            self.send_response(413)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        kept = {name: value for name, value in self.headers.items() if name.lower() != "host"}
+        answer = httpx.request(self.command, self.target + self.path, content=body, headers=kept)
+        self.send_response(answer.status_code)
+        self.send_header("Content-Length", str(len(answer.content)))
+        self.end_headers()
+        self.wfile.write(answer.content)
+
+    do_PATCH = do_POST = do_PUT  # noqa: N815 - the library's names
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_proxy_that_takes_little_is_given_little(hub: HubProcess) -> None:
+    _Narrow.target = hub.url
+    with hub.client() as client, ThreadingHTTPServer(("127.0.0.1", 0), _Narrow) as server:
+        thread = Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        store = claimed(client)
+        for step in range(1, 60):
+            store.step(step)
+        store.print("x" * 2000)
+        store.print("short")
+        anyio.run(run, f"http://127.0.0.1:{server.server_port}", store)
+        server.shutdown()
+        thread.join()
+        assert steps(client, store) == list(range(1, 60))
+        # One record alone is too large for the way: its place is marked, and what follows arrives.
+        assert logs_of(client, store.job_id)["logs"][-1] == "short"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_record_is_stored_once_although_the_line_breaks_all_the_time(hub: HubProcess, seed: int) -> None:
+    chance = random.Random(seed)
+    with hub.client() as client:
+        store = claimed(client)
+        for step in range(1, 1501):
+            store.step(step)
+            if step % 3 == 0:
+                store.print(f"line {step}")
+
+        async def over_a_bad_line() -> int:
+            async with BadNetwork("127.0.0.1", int(hub.url.rpartition(":")[2])) as net:
+                made = 0
+
+                async def cut() -> None:
+                    nonlocal made
+                    while True:
+                        await anyio.sleep(chance.uniform(0.001, 0.03))
+                        chance.choice([net.cut, net.half_open, net.cut])()
+                        made += 1
+
+                async with anyio.create_task_group() as group:
+                    group.start_soon(cut)
+                    for _ in range(6):
+                        # The agent is killed and starts again: only the journal is left.
+                        with anyio.move_on_after(chance.uniform(0.02, 0.3)):
+                            await run(f"http://127.0.0.1:{net.port}", store)
+                    group.cancel_scope.cancel()
+                net.cut()
+                await run(f"http://127.0.0.1:{net.port}", store)
+                return made
+
+        assert anyio.run(over_a_bad_line) > 3
+        assert steps(client, store) == list(range(1, 1501))
+        assert logs_of(client, store.job_id, limit=2000)["logs"] == [f"line {n}" for n in range(3, 1501, 3)]
