@@ -153,7 +153,9 @@ class Steps(Saving):
         place.epoch, place.rows = step.epoch, step.end
         self.state.epoch = step.epoch + self._feed.share(place, self.state.max_steps)
         number = self.state.global_step
-        self._trail.append(Done(number, loss, norm, skipped, step.epoch, step.first, step.end, step.rows))
+        # A stream's rows have no place in a table; each brings its number along.
+        rows = step.rows or [int(row["row"]) for row in step.examples if "row" in row]
+        self._trail.append(Done(number, loss, norm, skipped, step.epoch, step.first, step.end, rows))
         self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
         self._close_step(learning_rate)
 
@@ -373,6 +375,6 @@ class Steps(Saving):
     def _numbers(self, rows: list[int]) -> list[int]:
         """Return the numbers that the user knows rows by: those in their file, where the data set has them."""
         table = self.train_dataset
-        if rows and "row" in (getattr(table, "column_names", None) or []):
+        if isinstance(table, datasets.Dataset) and rows and "row" in table.column_names:
             return [int(number) for number in table.select(rows)["row"]]
         return rows

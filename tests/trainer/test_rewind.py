@@ -83,6 +83,13 @@ def test_without_leave_to_rewind_it_ends_with_the_rows_that_fed_it(
     assert f"At optimizer step {caught.value.step} the loss" in caught.value.sentence
 
 
+@pytest.mark.parametrize("poison", [float("nan")], indirect=True)
+def test_the_rows_of_a_stream_are_named_too(jobs: Jobs, poisoned: Path, poison: None) -> None:
+    with pytest.raises(TrainerError) as caught:
+        jobs.run("job", training={"max_steps": 16}, rows=poisoned, streaming=True)
+    assert BAD_LINE in caught.value.rows
+
+
 @pytest.mark.parametrize("poison", [40.0], indirect=True)
 def test_a_spike_is_left_out_too(jobs: Jobs, tmp_path: Path, poison: None) -> None:
     rows = chat_rows(120)
