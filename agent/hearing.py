@@ -1,7 +1,7 @@
 """What trainers say and how they end, on its way to the desk."""
 
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 import anyio
 import anyio.abc
@@ -10,7 +10,7 @@ from loguru import logger
 
 from agent.core.effects import Effect, Report
 from agent.core.explain import Seen, enriched, is_final, no_room, room_needed, verdict
-from agent.core.intake import gone, hear
+from agent.core.intake import gone, hear, hear_points
 from agent.core.job import Job, react
 from agent.core.merging import Sent, merged
 from agent.core.outbox import Points
@@ -23,7 +23,7 @@ from protocol.failures import Evidence, FailureReason, failure
 from protocol.lifecycle import IllegalTransition, Trigger
 from protocol.messages import Lane
 from protocol.records import Notice, Point
-from protocol.worker import AnyEvent, Failed, Left, Metrics, ParametersSet, Trained, Warm
+from protocol.worker import AnyEvent, Failed, Left, Metrics, Numbered, ParametersSet, Trained, Warm
 
 AT_ONCE = 2000
 """Facts in one transaction at most."""
@@ -53,6 +53,7 @@ class Hearing:
         self._clean = clean
         self._clock = clock
         self._points = Points()
+        self._encode = msgspec.msgpack.Encoder().encode
         self._faults: dict[tuple[str, int], str] = {}
         self._seen: dict[tuple[str, int], Seen] = {}
         self.look: Callable[[str, int], Awaitable[Seen]] = _unseen
@@ -119,9 +120,16 @@ class Hearing:
         points: list[tuple[str, Metrics]] = []
 
         def take(batch: Batch) -> None:
-            for fact in facts:
+            for run in _runs(facts):
+                fact = run[0]
                 job = batch.jobs.get(fact.job_id) or self._desk.jobs.get(fact.job_id)
-                if job is not None:
+                if job is None:
+                    continue
+                if _is_point(fact):
+                    self._points_heard(
+                        batch, job, [one.numbered for one in run if isinstance(one, Heard)], points
+                    )
+                else:
                     self._fact(batch, job, fact, points)
 
         try:
@@ -162,18 +170,33 @@ class Hearing:
         if outcome is None:
             return
         self._desk.take(batch, outcome)
-        event = numbered.event
-        self.on_event(job.job_id, job.attempt, event)
-        if isinstance(event, Metrics):
+        self.on_event(job.job_id, job.attempt, numbered.event)
+
+    def _points_heard(
+        self, batch: Batch, job: Job, run: list[Numbered], points: list[tuple[str, Metrics]]
+    ) -> None:
+        """Take in points of one attempt that came in a row."""
+        if run[0].attempt == job.attempt:
+            batch.marks[job.job_id, job.attempt] = max(run[-1].number, job.heard)
+        outcome = hear_points(job, run)
+        if outcome is None:
+            return
+        job, fresh = outcome
+        for event in fresh:
             points.append((job.job_id, event))
-            batch.points.append((job.job_id, job.attempt, event.step, msgspec.msgpack.encode(event)))
-            if job.from_backend:
-                after = batch.jobs[job.job_id]
-                tight = self._desk.ledger.over_quota
-                held, sent = merged(after.merge, job.attempt, event, tight=tight, now=self._clock())
-                if held != after.merge:
-                    batch.jobs[job.job_id] = msgspec.structs.replace(after, merge=held)
-                self._send(batch, job.job_id, sent)
+            batch.points.append((job.job_id, job.attempt, event.step, self._encode(event)))
+        if fresh:
+            self.on_event(job.job_id, job.attempt, fresh[-1])
+        if job.from_backend:
+            tight, held = self._desk.ledger.over_quota, job.merge
+            sent: Sent = []
+            for event in fresh:
+                held, more = merged(held, job.attempt, event, tight=tight, now=self._clock())
+                sent += more
+            if held != job.merge:
+                job = msgspec.structs.replace(job, merge=held)
+            self._send(batch, job.job_id, sent)
+        self._desk.take(batch, (job, []))
 
     def _send(self, batch: Batch, job_id: str, sent: Sent) -> None:
         for attempt, metrics in sent:
@@ -220,6 +243,25 @@ class Hearing:
             notice = Notice(now, "warning", NOT_PROVED, job.attempt)
             effects = [*effects, Report(job.job_id, Lane.CONTROL, notice)]
         self._desk.take(batch, (job, effects))
+
+
+def _is_point(fact: Fact) -> bool:
+    return isinstance(fact, Heard) and isinstance(fact.numbered.event, Metrics)
+
+
+def _runs(facts: Iterable[Fact]) -> Iterator[list[Fact]]:
+    """Yield the facts in order, points of one attempt that follow one another together."""
+    run: list[Fact] = []
+    for fact in facts:
+        together = run and _is_point(fact) and _is_point(run[0])
+        if together and (fact.job_id, fact.attempt) == (run[0].job_id, run[0].attempt):
+            run.append(fact)
+            continue
+        if run:
+            yield run
+        run = [fact]
+    if run:
+        yield run
 
 
 async def _unseen(job_id: str, attempt: int) -> Seen:

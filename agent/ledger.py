@@ -116,14 +116,17 @@ class Ledger:
                 tx.put_job(*changed_row)
             for (job_id, attempt), number in batch.marks.items():
                 tx.mark_event(job_id, attempt, number)
-            for point in batch.points:
-                tx.put_point(*point)
+            if batch.points:
+                tx.put_points(batch.points)
             if also is not None:
                 also(tx)
-            return [tx.append(*row) for row in batch.appends]
+            return [tx.append_all(*key, bodies) for key, bodies in streams.items()]
 
+        streams: dict[tuple[str, int], list[bytes]] = {}
+        for scope, lane, body in batch.appends:
+            streams.setdefault((scope, lane), []).append(body)
         numbers = await self.journal.write(change)
-        for (scope, lane, body), number in zip(batch.appends, numbers, strict=True):
+        for ((scope, lane), bodies), number in zip(streams.items(), numbers, strict=True):
             self.heads[Key(self.epoch, scope, lane)] = number
-            self.backlog[lane][0] += 1
-            self.backlog[lane][1] += len(body)
+            self.backlog[lane][0] += len(bodies)
+            self.backlog[lane][1] += sum(map(len, bodies))

@@ -1,5 +1,6 @@
 """What a trainer says, and what its end means, to the job."""
 
+from collections.abc import Sequence
 from typing import assert_never
 
 import msgspec
@@ -53,6 +54,33 @@ def hear(job: Job, numbered: Numbered, *, now: float) -> tuple[Job, list[Effect]
         # Queued again or paused while an attempt's process still talked: its word is over.
         return job, []
     return _heard(job, numbered.event, now)
+
+
+def hear_points(job: Job, points: Sequence[Numbered]) -> tuple[Job, list[Metrics]] | None:
+    """Return the job after points that came in a row, and those of them that are news; None where none is.
+
+    As `hear` for each, but the job is made anew once: thousands may come between two looks.
+    """
+    fresh = [
+        one.event
+        for one in points
+        if one.attempt == job.attempt and one.number > job.heard and isinstance(one.event, Metrics)
+    ]
+    if not fresh:
+        return None
+    heard = max(one.number for one in points)
+    if job.state not in HAS_WORKER and job.state not in TERMINAL:
+        # Its word on the job is over; what it measured was measured.
+        return msgspec.structs.replace(job, heard=heard), fresh
+    values, trend = dict(job.values), job.trend
+    for event in fresh:
+        values.update(event.values)
+        trend = event.trend or trend
+    last = fresh[-1]
+    job = msgspec.structs.replace(
+        job, heard=heard, step=last.step, epoch=last.epoch, values=values, trend=trend
+    )
+    return job, fresh
 
 
 def _control(job: Job, record: AnyRecord) -> Report:

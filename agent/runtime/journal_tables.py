@@ -2,6 +2,7 @@
 
 import sqlite3
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,6 +137,7 @@ class Tx(Reader):
         super().__init__(connection)
         self._path = path
         self._full = full
+        self._epoch: str | None = None
         self.scrubbed = False
 
     def set_meta(self, key: str, value: str) -> None:
@@ -197,6 +199,7 @@ class Tx(Reader):
     def set_epoch(self, epoch: int) -> None:
         """Begin the streams of this boot. Streams of older ones stay until they are acknowledged."""
         self.set_meta("epoch", f"{epoch:016x}")
+        self._epoch = None
         self._db.execute("DELETE FROM streams WHERE last = acked AND epoch != ?", (f"{epoch:016x}",))
 
     def append(self, scope: str, lane: int, body: bytes) -> int:
@@ -204,17 +207,24 @@ class Tx(Reader):
 
         On a full disk only lane 0 is still taken: `JournalFull` for the others.
         """
+        return self.append_all(scope, lane, [body])
+
+    def append_all(self, scope: str, lane: int, bodies: list[bytes]) -> int:
+        """Store records at the end of one stream, in order; return the number of the last. See `append`."""
         if self._full and lane > 0:
             raise JournalFull(self._path)
-        stream, seq = self._db.execute(
-            """INSERT INTO streams (epoch, scope, lane, last, records, bytes) VALUES (?1, ?2, ?3, 1, 1, ?4)
+        if self._epoch is None:
+            self._epoch = f"{self.epoch():016x}"
+        stream, last = self._db.execute(
+            """INSERT INTO streams (epoch, scope, lane, last, records, bytes) VALUES (?1, ?2, ?3, ?4, ?4, ?5)
             ON CONFLICT (epoch, scope, lane) DO UPDATE
-            SET last = last + 1, records = records + 1, bytes = bytes + ?4 RETURNING id, last""",
-            (f"{self.epoch():016x}", scope, lane, len(body)),
+            SET last = last + ?4, records = records + ?4, bytes = bytes + ?5 RETURNING id, last""",
+            (self._epoch, scope, lane, len(bodies), sum(map(len, bodies))),
         ).fetchone()
-        row = ((stream << _SEQ_BITS) + seq, zlib.crc32(body), body)
-        self._db.execute("INSERT INTO records VALUES (?, ?, ?)", row)
-        return int(seq)
+        first = (stream << _SEQ_BITS) + last - len(bodies) + 1
+        rows = [(first + at, zlib.crc32(body), body) for at, body in enumerate(bodies)]
+        self._db.executemany("INSERT INTO records VALUES (?, ?, ?)", rows)
+        return int(last)
 
     def trim(self, epoch: int, scope: str, lane: int, acked: int) -> int:
         """Delete what the backend has stored, and return how many records. An older ack changes nothing."""
@@ -235,14 +245,15 @@ class Tx(Reader):
         found = self._stream(epoch, scope, lane)
         return 0 if found is None else self._delete(found[0], min(upto, found[1]))
 
-    def put_point(self, job_id: str, attempt: int, step: int, body: bytes) -> None:
-        """Add a point; a step may have several, such as one of training and one of evaluation."""
+    def put_points(self, rows: Iterable[tuple[str, int, int, bytes]]) -> None:
+        """Add points (job, attempt, step, body); a step may have several, such as one of training and one of
+        evaluation."""
         if self._full:
             raise JournalFull(self._path)
-        self._db.execute(
-            """INSERT INTO points SELECT ?1, ?2, ?3, COUNT(*), ?4 FROM points
-            WHERE job_id = ?1 AND step = ?2 AND attempt = ?3""",
-            (job_id, step, attempt, body),
+        self._db.executemany(
+            """INSERT INTO points SELECT ?1, ?3, ?2, COUNT(*), ?4 FROM points
+            WHERE job_id = ?1 AND step = ?3 AND attempt = ?2""",
+            rows,
         )
 
     def _delete(self, stream: int, upto: int) -> int:

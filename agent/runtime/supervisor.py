@@ -316,7 +316,11 @@ class Supervisor:
             )
             return
         worker.heard = numbered.number
-        await self._facts.send(Heard(worker.job_id, worker.attempt, numbered, raw))
+        fact = Heard(worker.job_id, worker.attempt, numbered, raw)
+        try:
+            self._facts.send_nowait(fact)  # a wait that is none costs as much as all the rest
+        except anyio.WouldBlock:
+            await self._facts.send(fact)
         if isinstance(event, Left | Failed | Finished) and worker.last_word is None:
             worker.last_word = event
             self._running().start_soon(self._see_off, worker)

@@ -202,7 +202,7 @@ def test_points_of_the_newest_attempt_win(path: Path) -> None:
             (2, 2, b"B"),
             (2, 2, b"B-eval"),
         ]:
-            await journal.write(lambda tx, a=attempt, s=step, b=body: tx.put_point("j1", a, s, b))
+            await journal.write(lambda tx, a=attempt, s=step, b=body: tx.put_points([("j1", a, s, b)]))
         points = await journal.read(lambda r: r.points("j1", 0, 99))
         assert points == [(1, 1, b"a"), (2, 2, b"B"), (2, 2, b"B-eval"), (3, 1, b"c")]
         # A limit counts steps, so that a page never cuts one in two.
