@@ -74,6 +74,15 @@ class Rules:
         return self._since + WITHOUT_WELCOME
 
 
+def key_refused(base: str, error: Said) -> None:
+    """Raise KeyRefused where that is what was said."""
+    if error.status in (401, 403):
+        raise KeyRefused(
+            f"{base} refused the API key ({error}). Make a key with the scope `training` on the platform's page and "
+            "set it as API_KEY."
+        )
+
+
 class Transport:
     """The link and the REST side under those rules. ``state``: as `agent.net.websocket.Link` says."""
 
@@ -138,6 +147,7 @@ class Transport:
             with anyio.CancelScope(shield=True):
                 await self._client.close()
         if self._refused is not None:
+            self._on_state("refused", str(self._refused))
             raise self._refused
 
     # The socket
@@ -168,7 +178,6 @@ class Transport:
                 await self.link.run()
             except Refused as refused:
                 if self.rules.setting == "websocket" or not await self._served_otherwise(refused):
-                    self._on_state("refused", str(refused))
                     raise
                 level = "DEBUG" if self.rules.socket == "absent" else "INFO"
                 logger.log(level, "{}; polling instead", refused)
@@ -184,9 +193,10 @@ class Transport:
         while True:
             try:
                 return is_platform(await self.poller.ask())
-            except Said:
-                return False
             except RestError as error:
+                if isinstance(error, Said):
+                    key_refused(self._client.base, error)
+                    return False
                 if isinstance(error, Unclear) and 0 < error.status < 500:
                     return False
                 logger.info("{}; asking again", error)
@@ -262,11 +272,7 @@ class Transport:
         logger.info("poll: {}", error)
         if not isinstance(error, Said):
             return
-        if error.status in (401, 403):
-            raise KeyRefused(
-                f"{self._client.base} refused the API key ({error}). Make a key with the scope `training` on the "
-                "platform's page and set it as API_KEY."
-            )
+        key_refused(self._client.base, error)
         if self.rules.setting == "poll" or self.rules.socket == "absent":
             raise NotOurBackend(
                 f"{self._client.base} has no route for agents that poll ({error}). Check BACKEND_URL: it must be the "

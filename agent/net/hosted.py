@@ -206,8 +206,8 @@ class Memo(msgspec.Struct, kw_only=True, omit_defaults=True):
     eval: int = -1
     rows: int = 0
     """Points that it holds of ours, at least."""
-    lines: int = 0
-    """Log lines that it holds."""
+    lines: int = -1
+    """Log lines that it holds; -1 before the first of ours: somebody may have written there before."""
     ahead: int = 0
     """Of the log lines that come next: how many it holds already, stored by an append that nobody answered."""
     status: str = ""

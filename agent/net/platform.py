@@ -28,6 +28,10 @@ LINES = 500
 LOG_CAP = 10_000
 """Lines that the platform keeps of a job."""
 PAGE = 1000
+NOTICE = "[agent] "
+"""Begins a line of the agent's own in a job's log."""
+NOTICES = 100
+"""Lines of one notice, at most."""
 TRIES = 5
 """Times that a write which the platform's database may never take is tried."""
 KEEPALIVE = 120.0
@@ -219,7 +223,11 @@ class PlatformDrain(Drain):
     async def _say(self, key: Key, memo: Memo, lines: list[str]) -> None:
         """Append lines. Lines of both lanes pass here, one request at a time: two at once would lose some."""
         job_id, known = key.scope, (key.scope, f"lines {key.lane}")
-        if known not in self._sure:
+        if memo.lines < 0:
+            # Kept before the first of ours is sent: somebody may have written there before.
+            memo.lines = self._memos[job_id].lines = (await self._tail(job_id, 1))[0]
+            await self.uplink.note({f"hosted:{job_id}": msgspec.json.encode(self._memos[job_id]).decode()})
+        elif known not in self._sure:
             await self._settle_down(job_id)
             lines = lines[await self._held(key, memo, lines) :]
         if lines:
@@ -233,32 +241,36 @@ class PlatformDrain(Drain):
     async def _notice(self, key: Key, memo: Memo, text: str) -> None:
         """Say in the job's log what the platform has no other place for."""
         self._notices.add(key.scope)
-        await self._say(key, memo, [f"[agent] {line}" for line in _lines(text)])
+        await self._say(key, memo, [f"{NOTICE}{line}" for line in _lines(text)])
         self._notices.discard(key.scope)
 
-    async def _held(self, key: Key, memo: Memo, lines: list[str]) -> int:
-        """Return how many of ``lines``, the next to be sent, the platform holds already."""
-        count = max(1, len(lines))
-        path = f"{JOB}/logs".format(job_id=key.scope)
+    async def _tail(self, job_id: str, count: int) -> tuple[int, list[str]]:
+        """Return how many lines the platform holds of a job, and the last ``count``."""
+        path = f"{JOB}/logs".format(job_id=job_id)
         try:
             page = await self.client.get(f"{path}?limit={count}&offset=-{count}")
         except Unclear as error:
             if NO_LOGS not in str(error):
                 raise
-            page = {}
-        total = int(page.get("total_lines") or 0)
-        tail = [str(line) for line in page.get("logs") or []]
+            return 0, []
+        return int(page.get("total_lines") or 0), [str(line) for line in page.get("logs") or []]
+
+    async def _held(self, key: Key, memo: Memo, lines: list[str]) -> int:
+        """Return how many of ``lines``, the next to be sent, the platform holds already."""
+        total, tail = await self._tail(key.scope, len(lines) + NOTICES)
         grown = total - memo.lines
         memo.lines = total
-        if total < LOG_CAP:
-            held = grown if 0 < grown <= len(lines) and tail[-grown:] == lines[:grown] else 0
-            if key.lane == Lane.CONTROL and grown > 0 and not held:
-                # Not this notice: what grew is the head of the job's log.
-                memo.ahead += grown
-        else:
+        if total >= LOG_CAP:
             # Old lines make room for new ones, and the count says nothing: by what stands at the end.
+            if key.lane == Lane.LOGS:
+                tail = [line for line in tail if not line.startswith(NOTICE)]
             most = min(len(tail), len(lines))
-            held = next((n for n in range(most, 0, -1) if tail[-n:] == lines[:n]), 0)
+            return next((n for n in range(most, 0, -1) if tail[-n:] == lines[:n]), 0)
+        if key.lane == Lane.LOGS:
+            return grown if 0 < grown <= len(lines) and tail[-grown:] == lines[:grown] else 0
+        held = len(lines) if grown >= len(lines) and tail[-len(lines) :] == lines else 0
+        # What else grew is the head of the job's log.
+        memo.ahead += max(0, grown - held)
         return held
 
     # States
@@ -393,4 +405,4 @@ class PlatformDrain(Drain):
 
 
 def _lines(text: str) -> list[str]:
-    return [line for line in text.replace("\x00", "").splitlines() if line.strip()][:100]
+    return [line for line in text.replace("\x00", "").splitlines() if line.strip()][:NOTICES]

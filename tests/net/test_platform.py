@@ -155,6 +155,20 @@ def test_a_pause_that_its_table_does_not_know_holds_nothing_up() -> None:
         assert platform.rows[store.job_id]["status"] == "running" and steps(platform, store) == [1]
 
 
+@pytest.mark.parametrize("notice", [False, True])
+def test_lines_that_somebody_wrote_before_stay_and_hide_none_of_ours(notice: bool) -> None:
+    with Platform() as platform:
+        store = kept(platform)
+        platform.log[store.job_id] = ["earlier", "one"]
+        platform.fault("logs", "lost")
+        store.print("one", "two")
+        if notice:
+            store.add(store.control, Notice(1e9, "warning", "slow"))
+        deliver(platform, store)
+        log = platform.log[store.job_id]
+        assert [line for line in log if not line.startswith("[agent]")] == ["earlier", "one", "one", "two"]
+
+
 def test_lines_are_told_apart_also_where_the_platform_forgets_the_oldest() -> None:
     with Platform() as platform:
         store = kept(platform)
