@@ -1,4 +1,4 @@
-"""A bad network: a TCP proxy that can cut, stall, go half open, throttle and corrupt.
+"""A bad network: a TCP proxy that can cut, stall, go half open, throttle, corrupt, and let no socket through.
 
 In a test: ``async with BadNetwork("127.0.0.1", port) as net``, dial ``net.port``, and call
 ``net.cut()`` and the like. As a program, ``python -m tests.support.network PORT HOST:PORT`` takes
@@ -43,6 +43,8 @@ class BadNetwork:
         self._flowing.set()
         self._rate: float | None = None
         self._damage = 0
+        self._heads = False
+        self._sockets = True
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -89,12 +91,22 @@ class BadNetwork:
         """Carry no more than this, in each direction of each connection."""
         self._rate = bytes_per_second
 
-    def corrupt(self, blocks: int = 1) -> None:
-        """Turn over a bit in each of the next ``blocks`` blocks that go towards the near end."""
+    def corrupt(self, blocks: int = 1, *, heads: bool = False) -> None:
+        """Turn over a bit in each of the next ``blocks`` blocks that go towards the near end.
+
+        It is in the middle of the block; with ``heads`` in its first byte, where no frame or answer can hide it.
+        (What lies inside a frame is for TLS to guard: a plain socket has no checksum that sees it.)
+        """
         self._damage += blocks
+        self._heads = heads
+
+    def no_sockets(self) -> None:
+        """End every connection that is to become a WebSocket, as some proxies do; those that are open live on."""
+        self._sockets = False
 
     def heal(self) -> None:
         """Carry everything as fast as it comes."""
+        self._sockets = True
         self._rate = None
         self._damage = 0
         self._flowing.set()
@@ -134,12 +146,15 @@ class BadNetwork:
                 await self._flowing.wait()
                 if pipe.deaf:
                     continue
+                if up and not self._sockets and b"upgrade: websocket" in block.lower():
+                    pipe.abort()
+                    return
                 if up:
                     self.bytes_up += len(block)
                 elif self._damage:
                     self._damage -= 1
-                    middle = len(block) // 2
-                    block = block[:middle] + bytes([block[middle] ^ 0x40]) + block[middle + 1 :]
+                    at = 0 if self._heads else len(block) // 2
+                    block = block[:at] + bytes([block[at] ^ 0x40]) + block[at + 1 :]
                 writer.write(block)
                 await writer.drain()
                 if self._rate is not None:
@@ -168,10 +183,15 @@ async def main(arguments: list[str]) -> None:
                     net.throttle(float(rate))
                 case ["corrupt", blocks]:
                     net.corrupt(int(blocks))
-                case ["cut" | "stall" | "half_open" | "heal" as word]:
+                case ["corrupt", blocks, "heads"]:
+                    net.corrupt(int(blocks), heads=True)
+                case ["cut" | "stall" | "half_open" | "no_sockets" | "heal" as word]:
                     getattr(net, word)()
                 case _:
-                    print("accept refuse cut stall half_open heal throttle N corrupt N", file=sys.stderr)
+                    print(
+                        "accept refuse cut stall half_open no_sockets heal throttle N corrupt N [heads]",
+                        file=sys.stderr,
+                    )
             print("done", flush=True)
 
 
