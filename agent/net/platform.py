@@ -14,6 +14,7 @@ from agent.net import hosted
 from agent.net.client import RestClient, RestError, Said, Unclear, Unreached
 from agent.net.drain import LOOK_EVERY, READ_BYTES, Drain, Store
 from agent.net.hosted import Memo
+from agent.net.lines import Lines
 from agent.net.poll import recovered, told
 from protocol.codec import BadMessage, Unknown, decode_record
 from protocol.lifecycle import TERMINAL, JobState, Want
@@ -25,21 +26,13 @@ from protocol.session import Key
 POINTS = 500
 """Points of a batch: an insert of so many is still quick, and what is in doubt is read back in one page."""
 LINES = 500
-LOG_CAP = 10_000
-"""Lines that the platform keeps of a job."""
 PAGE = 1000
-NOTICE = "[agent] "
-"""Begins a line of the agent's own in a job's log."""
-NOTICES = 100
-"""Lines of one notice, at most."""
 TRIES = 5
 """Times that a write which the platform's database may never take is tried."""
 KEEPALIVE = 120.0
 """Seconds without a write after which a running job is confirmed: after 300 the page calls it stale."""
 SETTLE = 15.0
 """Seconds after an answer that did not come, in which the platform may still be storing what it was sent."""
-NO_LOGS = "Failed to connect to local training server"
-"""What it says of a job that has no lines yet."""
 
 
 class PlatformDrain(Drain):
@@ -60,16 +53,16 @@ class PlatformDrain(Drain):
         self._settle = settle
         self._memos: dict[str, Memo] = {}
         self._names: dict[int, list[str]] = {}
-        self._sure: set[tuple[str, str]] = set()
-        """Jobs' points and lines whose last append is known to be stored."""
-        self._notices: set[str] = set()
-        """Jobs whose last notice is in doubt."""
+        self._sure: set[str] = set()
+        """Jobs whose last batch of points is known to be stored."""
+        self._lines = Lines(client, self._append, self._settle_down, self._counted)
         self._unsettled: dict[str, float] = {}
         self._tries: dict[tuple[str, str], int] = {}
         self._written: dict[str, float] = {}
 
     def in_doubt(self) -> None:
         self._sure.clear()
+        self._lines.sure.clear()
 
     # What is remembered
 
@@ -149,7 +142,7 @@ class PlatformDrain(Drain):
 
     async def _metrics(self, key: Key, records: list[tuple[int, Any]], memo: Memo) -> int:
         job_id, at = key.scope, records[0][0]
-        if (job_id, "points") not in self._sure:
+        if job_id not in self._sure:
             await self._settle_down(job_id)
             await self._read_points(job_id, memo)
         rows: list[dict[str, Any]] = []
@@ -164,10 +157,10 @@ class PlatformDrain(Drain):
                 break
         if rows:
             memo.carried = hosted.carry(rows, memo.carried)
-            self._sure.discard((job_id, "points"))
+            self._sure.discard(job_id)
             await self._call("POST", METRICS, job_id, {"job_id": job_id, "metrics": rows})
             memo.rows += len(rows)
-        self._sure.add((job_id, "points"))
+        self._sure.add(job_id)
         await self._settled(key, at, memo)
         self.sent += len(rows)
         return at
@@ -205,7 +198,7 @@ class PlatformDrain(Drain):
         memo.rows = max(memo.rows, offset)
 
     async def _logs(self, key: Key, records: list[tuple[int, Any]], memo: Memo) -> int:
-        if key.scope in self._notices:
+        if key.scope in self._lines.notices:
             raise Unreached(f"the log of job {key.scope} waits for a notice that is in doubt")
         at, lines = records[0][0], list[str]()
         for seq, record in records:
@@ -215,63 +208,19 @@ class PlatformDrain(Drain):
                 break
         held = min(memo.ahead, len(lines))
         memo.ahead -= held
-        await self._say(key, memo, lines[held:])
+        await self._lines.say(key, memo, lines[held:])
         await self._settled(key, at, memo)
         self.sent += len(lines)
         return at
 
-    async def _say(self, key: Key, memo: Memo, lines: list[str]) -> None:
-        """Append lines. Lines of both lanes pass here, one request at a time: two at once would lose some."""
-        job_id, known = key.scope, (key.scope, f"lines {key.lane}")
-        if memo.lines < 0:
-            # Kept before the first of ours is sent: somebody may have written there before.
-            memo.lines = self._memos[job_id].lines = (await self._tail(job_id, 1))[0]
-            await self.uplink.note({f"hosted:{job_id}": msgspec.json.encode(self._memos[job_id]).decode()})
-        elif known not in self._sure:
-            await self._settle_down(job_id)
-            lines = lines[await self._held(key, memo, lines) :]
-        if lines:
-            self._sure.discard(known)
-            path = f"{JOB}/logs".format(job_id=job_id)
-            answer = await self._call("POST", path, job_id, {"logs": lines})
-            total = answer.get("total_logs")
-            memo.lines = total if isinstance(total, int) else memo.lines + len(lines)
-        self._sure.add(known)
+    async def _append(self, job_id: str, lines: list[str]) -> dict[str, Any]:
+        return await self._call("POST", f"{JOB}/logs".format(job_id=job_id), job_id, {"logs": lines})
 
-    async def _notice(self, key: Key, memo: Memo, text: str) -> None:
-        """Say in the job's log what the platform has no other place for."""
-        self._notices.add(key.scope)
-        await self._say(key, memo, [f"{NOTICE}{line}" for line in _lines(text)])
-        self._notices.discard(key.scope)
-
-    async def _tail(self, job_id: str, count: int) -> tuple[int, list[str]]:
-        """Return how many lines the platform holds of a job, and the last ``count``."""
-        path = f"{JOB}/logs".format(job_id=job_id)
-        try:
-            page = await self.client.get(f"{path}?limit={count}&offset=-{count}")
-        except Unclear as error:
-            if NO_LOGS not in str(error):
-                raise
-            return 0, []
-        return int(page.get("total_lines") or 0), [str(line) for line in page.get("logs") or []]
-
-    async def _held(self, key: Key, memo: Memo, lines: list[str]) -> int:
-        """Return how many of ``lines``, the next to be sent, the platform holds already."""
-        total, tail = await self._tail(key.scope, len(lines) + NOTICES)
-        grown = total - memo.lines
+    async def _counted(self, job_id: str, total: int) -> None:
+        """Keep how many lines there were before the first of ours."""
+        memo = self._memos[job_id]
         memo.lines = total
-        if total >= LOG_CAP:
-            # Old lines make room for new ones, and the count says nothing: by what stands at the end.
-            if key.lane == Lane.LOGS:
-                tail = [line for line in tail if not line.startswith(NOTICE)]
-            most = min(len(tail), len(lines))
-            return next((n for n in range(most, 0, -1) if tail[-n:] == lines[:n]), 0)
-        if key.lane == Lane.LOGS:
-            return grown if 0 < grown <= len(lines) and tail[-grown:] == lines[:grown] else 0
-        held = len(lines) if grown >= len(lines) and tail[-len(lines) :] == lines else 0
-        # What else grew is the head of the job's log.
-        memo.ahead += max(0, grown - held)
-        return held
+        await self.uplink.note({f"hosted:{job_id}": msgspec.json.encode(memo).decode()})
 
     # States
 
@@ -285,9 +234,9 @@ class PlatformDrain(Drain):
             case JobStatus():
                 await self._status_of(job_id, record, memo)
             case Notice():
-                await self._notice(key, memo, f"{record.level}: {record.text}")
+                await self._lines.notice(key, memo, f"{record.level}: {record.text}")
             case ParametersApplied() if record.refused:
-                await self._notice(key, memo, f"warning: {record.refused}")
+                await self._lines.notice(key, memo, f"warning: {record.refused}")
             case _:
                 await self._tell(job_id, hosted.fields_of(record))
         await self._settled(key, seq, memo, **notes)
@@ -402,7 +351,3 @@ class PlatformDrain(Drain):
         await self.uplink.note({f"hosted:{job_id}": msgspec.json.encode(memos).decode()})
         await self.uplink.desired(Desired(job_id, job.observed + 1, want.value))
         return True
-
-
-def _lines(text: str) -> list[str]:
-    return [line for line in text.replace("\x00", "").splitlines() if line.strip()][:NOTICES]

@@ -7,7 +7,7 @@ import anyio
 import pytest
 
 from agent.net.client import Unreached
-from agent.net.platform import LOG_CAP
+from agent.net.lines import LOG_CAP
 from protocol.records import Checkpoint, JobFacts, Notice, Result
 from protocol.rest import POLL
 from tests.net.kept import Kept, client, deliver, drain, kept
@@ -69,7 +69,9 @@ def test_too_many_requests_are_waited_out_for_the_platforms_minute() -> None:
         assert anyio.run(ask) == 60.0
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "seed", [*range(6), *(pytest.param(one, marks=pytest.mark.slow) for one in range(6, 300))]
+)
 def test_nothing_is_lost_or_doubled_under_any_mixture_of_faults_and_crashes(seed: int) -> None:
     chance = random.Random(seed)
     kinds = ["lost", "dropped", "gateway", "500", "502", "", "", ""]

@@ -1,0 +1,95 @@
+"""The lines of a job's log at the platform, which numbers none: each appended once, by one writer."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from agent.net.client import RestClient, Unclear
+from agent.net.hosted import Memo
+from protocol.messages import Lane
+from protocol.rest import JOB
+from protocol.session import Key
+
+LOG_CAP = 10_000
+"""Lines that the platform keeps of a job."""
+NOTICE = "[agent] "
+"""Begins a line of the agent's own in a job's log."""
+NOTICES = 100
+"""Lines of one notice, at most."""
+NO_LOGS = "Failed to connect to local training server"
+"""What the platform says of a job that has no lines yet."""
+
+
+class Lines:
+    """Appends lines of both lanes; after an append without an answer it reads back first."""
+
+    def __init__(
+        self,
+        client: RestClient,
+        append: Callable[[str, list[str]], Awaitable[dict[str, Any]]],
+        settle_down: Callable[[str], Awaitable[None]],
+        counted: Callable[[str, int], Awaitable[None]],
+    ) -> None:
+        self._client = client
+        self._append = append
+        self._settle_down = settle_down
+        self._counted = counted
+        self.sure: set[tuple[str, str]] = set()
+        """Jobs and lanes whose last append is known to be stored."""
+        self.notices: set[str] = set()
+        """Jobs whose last notice is in doubt."""
+
+    async def say(self, key: Key, memo: Memo, lines: list[str]) -> None:
+        """Append lines. Lines of both lanes pass here, one request at a time: two at once would lose some."""
+        job_id, known = key.scope, (key.scope, f"lines {key.lane}")
+        if memo.lines < 0:
+            # Kept before the first of ours is sent: somebody may have written there before.
+            memo.lines = (await self._tail(job_id, 1))[0]
+            await self._counted(job_id, memo.lines)
+        elif known not in self.sure:
+            await self._settle_down(job_id)
+            lines = lines[await self._held(key, memo, lines) :]
+        if lines:
+            self.sure.discard(known)
+            answer = await self._append(job_id, lines)
+            total = answer.get("total_logs")
+            memo.lines = total if isinstance(total, int) else memo.lines + len(lines)
+        self.sure.add(known)
+
+    async def notice(self, key: Key, memo: Memo, text: str) -> None:
+        """Say in the job's log what the platform has no other place for."""
+        self.notices.add(key.scope)
+        await self.say(key, memo, [f"{NOTICE}{line}" for line in _lines(text)])
+        self.notices.discard(key.scope)
+
+    async def _tail(self, job_id: str, count: int) -> tuple[int, list[str]]:
+        """Return how many lines the platform holds of a job, and the last ``count``."""
+        path = f"{JOB}/logs".format(job_id=job_id)
+        try:
+            page = await self._client.get(f"{path}?limit={count}&offset=-{count}")
+        except Unclear as error:
+            if NO_LOGS not in str(error):
+                raise
+            return 0, []
+        return int(page.get("total_lines") or 0), [str(line) for line in page.get("logs") or []]
+
+    async def _held(self, key: Key, memo: Memo, lines: list[str]) -> int:
+        """Return how many of ``lines``, the next to be sent, the platform holds already."""
+        total, tail = await self._tail(key.scope, len(lines) + NOTICES)
+        grown = total - memo.lines
+        memo.lines = total
+        if total >= LOG_CAP:
+            # Old lines make room for new ones, and the count says nothing: by what stands at the end.
+            if key.lane == Lane.LOGS:
+                tail = [line for line in tail if not line.startswith(NOTICE)]
+            most = min(len(tail), len(lines))
+            return next((n for n in range(most, 0, -1) if tail[-n:] == lines[:n]), 0)
+        if key.lane == Lane.LOGS:
+            return grown if 0 < grown <= len(lines) and tail[-grown:] == lines[:grown] else 0
+        held = len(lines) if grown >= len(lines) and tail[-len(lines) :] == lines else 0
+        # What else grew is the head of the job's log.
+        memo.ahead += max(0, grown - held)
+        return held
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.replace("\x00", "").splitlines() if line.strip()][:NOTICES]
