@@ -190,19 +190,26 @@ class Hearing:
         if job.from_backend:
             tight, held = self._desk.ledger.over_quota, job.merge
             sent: Sent = []
-            for event in fresh:
-                held, more = merged(held, job.attempt, event, tight=tight, now=self._clock())
-                sent += more
+            if tight or held is not None:
+                for event in fresh:
+                    held, more = merged(held, job.attempt, event, tight=tight, now=self._clock())
+                    sent += more
+            else:
+                sent = [(job.attempt, event) for event in fresh]
             if held != job.merge:
                 job = msgspec.structs.replace(job, merge=held)
             self._send(batch, job.job_id, sent)
         self._desk.take(batch, (job, []))
 
     def _send(self, batch: Batch, job_id: str, sent: Sent) -> None:
+        points: list[Point] = []
         for attempt, metrics in sent:
             for record in self._points.records(job_id, attempt, metrics):
-                lane = Lane.METRICS if isinstance(record, Point) else Lane.CONTROL
-                self._desk.ledger.append(batch, job_id, lane, record)
+                if isinstance(record, Point):
+                    points.append(record)
+                else:
+                    self._desk.ledger.append(batch, job_id, Lane.CONTROL, record)
+        self._desk.ledger.append_points(batch, job_id, points)
 
     def _release(self, batch: Batch, job: Job) -> Job:
         """Send what was held back of a job whose trainer is gone; return the job without it."""
@@ -252,14 +259,15 @@ def _is_point(fact: Fact) -> bool:
 def _runs(facts: Iterable[Fact]) -> Iterator[list[Fact]]:
     """Yield the facts in order, points of one attempt that follow one another together."""
     run: list[Fact] = []
+    of: tuple[str, int] | None = None
     for fact in facts:
-        together = run and _is_point(fact) and _is_point(run[0])
-        if together and (fact.job_id, fact.attempt) == (run[0].job_id, run[0].attempt):
+        mine = (fact.job_id, fact.attempt) if _is_point(fact) else None
+        if mine is not None and mine == of:
             run.append(fact)
             continue
         if run:
             yield run
-        run = [fact]
+        run, of = [fact], mine
     if run:
         yield run
 

@@ -88,6 +88,13 @@ class Ledger:
                 record = msgspec.structs.replace(record, dropped=record.dropped + dropped)
         batch.appends.append((scope, int(lane), admit(record)))
 
+    def append_points(self, batch: Batch, scope: str, points: list[Point]) -> None:
+        """Add points of a job, merged already where the outbox is over its quota; see `agent.core.merging`."""
+        if points and self.over_quota:
+            self._keep(batch, scope, points[0])
+        lane = int(Lane.METRICS)
+        batch.appends += [(scope, lane, admit(point)) for point in points]
+
     def _keep(self, batch: Batch, scope: str, record: AnyRecord) -> bool:
         """Tell whether a record is kept although the outbox is full; say once that not all are."""
         if scope and scope not in self._told:
@@ -97,8 +104,7 @@ class Ledger:
             )
         if isinstance(record, LogChunk):
             self._dropped[scope] = self._dropped.get(scope, 0) + record.dropped + len(record.lines)
-        # A point comes here merged already: see `agent.core.merging`.
-        return isinstance(record, Point)
+        return False
 
     @property
     def over_quota(self) -> bool:

@@ -37,6 +37,7 @@ WARM_PAUSES = (5.0, 300.0)
 the longest."""
 MAX_COPIED_LOG = 1 << 24
 """Bytes of an older log that are copied for the sake of a warm trainer; beyond, a cold one is quicker."""
+LAST_WORDS = (Left, Failed, Finished)
 
 
 @dataclass(frozen=True)
@@ -321,7 +322,7 @@ class Supervisor:
             self._facts.send_nowait(fact)  # a wait that is none costs as much as all the rest
         except anyio.WouldBlock:
             await self._facts.send(fact)
-        if isinstance(event, Left | Failed | Finished) and worker.last_word is None:
+        if isinstance(event, LAST_WORDS) and worker.last_word is None:
             worker.last_word = event
             self._running().start_soon(self._see_off, worker)
 

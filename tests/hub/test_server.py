@@ -6,6 +6,7 @@ import socket
 import struct
 from urllib.parse import urlsplit
 
+from agent.hub.server import bind
 from protocol.messages import CONNECT_PATH, SUBPROTOCOL_MSGPACK
 from tests.hub.support import HubProcess
 
@@ -28,3 +29,10 @@ def test_the_reason_reaches_a_peer_that_sends_everything_before_it_reads(hub: Hu
         assert frame[0] == 0x88
         assert struct.unpack("!H", frame[2:4]) == (1009,)
         assert b"exceeds limit of 262144 bytes" in frame
+
+
+def test_an_answer_is_sent_at_once() -> None:
+    # Where the protocol is not named, asyncio leaves the socket as it is: the body of each answer then waits 40 ms
+    # for the acknowledgement of its head.
+    with bind("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP

@@ -3,6 +3,8 @@
 import errno
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -269,3 +271,22 @@ def test_a_job_without_enough_memory_is_told_what_would_save_how_much(
     failure = heard[-1].failure
     assert failure.reason is FailureReason.HOST_MEMORY
     assert "training.batch_size 4" in failure.advice and "saves about" in failure.advice
+
+
+def test_the_compiler_is_not_loaded_before_a_job_asks_for_it() -> None:
+    program = """
+import os, sys
+from agent.trainer import entry
+
+class Silent:
+    def get(self): raise EOFError
+    def put(self, frame): pass
+    def try_put(self, frame): return True
+
+assert entry.main(Silent(), Silent()) == 0
+assert "peft" in sys.modules
+assert "torch._inductor.graph" not in sys.modules
+assert "TORCHDYNAMO_DISABLE" not in os.environ
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

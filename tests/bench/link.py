@@ -1,0 +1,120 @@
+"""The link's figures: durable points a second, bytes a point, a day's backlog, and how soon it is back."""
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from tests.bench.figures import DEFAULTS, Figure, at_least
+from tests.bench.points import FIGURES
+from tests.support.programs import Agent, Hub, clean_env, fake_config, wait_until
+
+POINTS = 60_000
+PUTS = 400
+DAY = 86_400
+ROUNDS = 3
+
+
+class PointsAgent(Agent):
+    """An agent whose trainer does nothing but report; see `tests.bench.points`."""
+
+    def start(self) -> "PointsAgent":
+        self.home.mkdir(parents=True, exist_ok=True)
+        with (self.home / "out.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.bench.points"],
+                env=clean_env(**self.settings),
+                cwd=self.home,
+                stdout=log,
+                stderr=log,
+            )
+        return self
+
+
+@contextmanager
+def pair(folder: Path, url: str = "", **settings: str) -> Iterator[tuple[Hub, PointsAgent]]:
+    """Run a hub, and an agent that dials it (or ``url``, which leads to it)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hub = Hub(folder / "hub").start()
+    agent = PointsAgent(
+        folder / "agent", url or hub.url, **{**DEFAULTS, "METRICS_REPORT_INTERVAL_STEPS": "1", **settings}
+    )
+    try:
+        yield hub, agent
+    finally:
+        for part in (agent, hub):
+            if part.process is not None and part.process.poll() is None:
+                part.stop()
+
+
+def await_points(hub: Hub, job_id: str, last: int) -> float:
+    """Return the moment at which the hub holds the point of step ``last``, and those before it."""
+    wait_until(lambda: hub.status(job_id)["current_step"] == last, f"step {last}", 600, every=0.02)
+    return time.time()
+
+
+def ingest(folder: Path, points: int = POINTS, rounds: int = ROUNDS) -> dict[str, Figure]:
+    """Return points a second from the trainer's queue to the hub's disk, and that against a durable PUT a point."""
+    by_socket, by_rest = [], []
+    with pair(folder) as (hub, agent):
+        claimed = [_claimed(hub) for _ in range(rounds)]
+        agent.start()
+        for job in claimed:
+            job_id = hub.submit(fake_config(steps=points))
+            hub.wait_step(job_id, 1)
+            stored = await_points(hub, job_id, points)
+            made = _first_point(hub, job_id)
+            by_socket.append(points / (stored - made))
+            by_rest.append(_by_rest(hub, *job))
+    rate = statistics.median(by_socket)
+    return {
+        "ingest": at_least(
+            rate, "durable points/s", 30_000, figures=FIGURES, points=points, slowest=min(by_socket)
+        ),
+        "ingest_ratio": at_least(
+            rate / statistics.median(by_rest),
+            "times a durable PUT a point",
+            40,
+            puts_per_second=statistics.median(by_rest),
+        ),
+    }
+
+
+def _first_point(hub: Hub, job_id: str) -> float:
+    """Return when the first point was said, in Unix seconds."""
+    from datetime import datetime
+
+    rows = hub.get(f"/api/training/local/{job_id}/metrics?limit=1")["metrics"]
+    first = min(rows, key=lambda row: row["step"])
+    return datetime.fromisoformat(first["timestamp"].replace("Z", "+00:00")).timestamp()
+
+
+def _point(step: int) -> dict[str, float]:
+    return {"step": step, "epoch": 0.5} | dict.fromkeys(
+        ["train_loss", *(f"figure_{number}" for number in range(1, FIGURES))], 1.0 / max(1, step)
+    )
+
+
+def _claimed(hub: Hub) -> tuple[str, str]:
+    """Return a job that an agent without a socket holds, and its token."""
+    body = {"config": fake_config(), "dataset_path": "fake/data", "status": "pending"}
+    made = hub.http.post(f"{hub.url}/api/training/local/jobs", json=body).json()
+    hub.http.post(
+        f"{hub.url}/api/training/agent/claim/{made['job_id']}", headers={"X-Agent-ID": "agent_bench0001"}
+    ).raise_for_status()
+    return made["job_id"], made["job_token"]
+
+
+def _by_rest(hub: Hub, job_id: str, token: str) -> float:
+    """Return points a second when each is a PUT of its own, on a connection that is kept."""
+    path = f"{hub.url}/api/training/local/{job_id}/metrics"
+    with httpx.Client(headers={"Authorization": f"Bearer {token}"}) as client:
+        began = time.perf_counter()
+        for step in range(1, PUTS + 1):
+            client.put(path, json=_point(step)).raise_for_status()
+        return PUTS / (time.perf_counter() - began)
