@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 FRESH = 46 << 20
 """Bytes of code and tables that the first step brings into memory beyond the imports (measured)."""
+FEWEST_HOLES = 0.6
+"""Resident bytes that are lost for each byte that the layers keep, at least (glibc, measured)."""
 NEAR = 0.7
 """Share of what is free beyond which advice is given before the start."""
 WRITES = 300e6
@@ -50,7 +52,7 @@ def estimate(
     scale = 1.0
     weights, optimizer = float(sizes.weights + sizes.reference), float(sizes.optimizer)
     if probed is not None:
-        measured = _measured(probed)
+        measured = _measured(probed, at, _still_mapped(at, workspace))
         scale = measured.peak / max(1.0, step.peak)
         step = measured
         weights, optimizer = max(probed.weights, weights), probed.optimizer
@@ -105,15 +107,36 @@ def advice_for(spec: JobSpec, limits: Limits, config: Any, longest: int | None =
     return formula.advice(Situation(spec, config, precision, rows, torch.cuda.is_available(), sizes))
 
 
-def _measured(probed: "Probed") -> Step:
+def _measured(probed: "Probed", at: Situation, mapped: float) -> Step:
+    """Return a step as it was probed. ``mapped``: bytes of files that stay in memory beside what was made of them."""
+    lost = probed.lost
+    if probed.layered and not at.on_cuda and not at.spec.training.gradient_checkpointing:
+        # What is lost in holes is told apart from noise by what layers keep: by a little more than half, up to all.
+        least, most = FEWEST_HOLES * probed.layered, probed.layered
+        if at.spec.lora is None:
+            most += 0.1 * (probed.trained + probed.optimizer)
+        lost = min(max(lost - mapped, least), most) + mapped
     return Step(
         saved=max(probed.saved, probed.saved_again),
         head=0.0,
         spread=probed.spread,
         update=probed.update,
         evaluate=probed.evaluate,
-        lost=probed.lost,
+        lost=lost,
     )
+
+
+def _still_mapped(at: Situation, workspace: Workspace) -> float:
+    """Return the bytes of quantised layers' own files on a CPU: the embeddings keep the file in memory."""
+    if at.spec.model.quantization is None or at.on_cuda:
+        return 0.0
+    text, wide = at.config.get_text_config(), at.precision.weights.itemsize
+    on_disk = _on_disk(workspace, at.sizes, at.precision)
+    tables = 1 if getattr(at.config, "tie_word_embeddings", False) else 2
+    base = float(at.sizes.parameters - at.sizes.trainable)
+    if not 0.8 < on_disk / (base * wide) < 1.2:
+        return 0.0  # held in another precision than in the file, which is let go of
+    return max(0.0, on_disk - tables * int(text.vocab_size) * int(text.hidden_size) * wide)
 
 
 def _parts(step: Step, weights: float, optimizer: float, at: Situation) -> dict[str, float]:

@@ -65,6 +65,9 @@ class Probed:
     lost: float
     """Of that, what is neither in use at the peak nor new code: holes between blocks, which the C library keeps."""
 
+    layered: float = 0.0
+    """What all layers together keep for the backward pass, where that was extended from fewer; else 0."""
+
     @property
     def peak(self) -> float:
         """The most bytes of weights, optimizer's state and a step."""
@@ -77,7 +80,8 @@ class Probed:
             first, second = getattr(self, field.name), getattr(other, field.name)
             slope = (second - first) / (depths[1] - depths[0])
             grown[field.name] = max(0.0, first + (layers - depths[0]) * slope)
-        return Probed(**{**grown, "tokens": self.tokens})
+        kept = layers * (other.saved - self.saved) / (depths[1] - depths[0])
+        return Probed(**{**grown, "tokens": self.tokens, "layered": max(0.0, kept)})
 
 
 class _Nobody:
