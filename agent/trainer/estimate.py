@@ -136,7 +136,7 @@ def _still_mapped(at: Situation, workspace: Workspace) -> float:
     base = float(at.sizes.parameters - at.sizes.trainable)
     if not 0.8 < on_disk / (base * wide) < 1.2:
         return 0.0  # held in another precision than in the file, which is let go of
-    return max(0.0, on_disk - tables * int(text.vocab_size) * int(text.hidden_size) * wide)
+    return float(max(0.0, on_disk - tables * int(text.vocab_size) * int(text.hidden_size) * wide))
 
 
 def _parts(step: Step, weights: float, optimizer: float, at: Situation) -> dict[str, float]:
