@@ -242,7 +242,7 @@ class Transport:
             self.by_rest = True
             kind = "a hub of ours" if ours(answer) else "the platform"
             logger.info("no socket to be had: polling {} ({})", self._client.base, kind)
-            self._on_state("connected", f"{self._client.base} by polling, without a socket")
+            self._polled()
             refused: Refused | None = None
             async with anyio.create_task_group() as group:
                 group.start_soon(self._drain.run)
@@ -259,14 +259,21 @@ class Transport:
 
     async def _poll(self) -> NoReturn:
         waits = backoff()
+        answered = True
         while True:
             try:
                 wait = await self.poller.once()
-                waits = backoff()
+                if not answered:
+                    waits, answered = backoff(), True
+                    self._polled()
             except RestError as error:
                 self._not_polled(error)
-                wait = next(waits)
+                wait, answered = next(waits), False
+                self._on_state("connecting", f"{error}; polling again in {wait:.0f} s")
             await anyio.sleep(wait)
+
+    def _polled(self) -> None:
+        self._on_state("connected", f"{self._client.base} by polling, without a socket")
 
     def _not_polled(self, error: RestError) -> None:
         logger.info("poll: {}", error)

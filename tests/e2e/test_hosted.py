@@ -56,6 +56,7 @@ def test_a_job_is_polled_claimed_trained_and_told_whatever_goes_wrong(tmp_path: 
             assert row["started_at"] and row["completed_at"] and row["max_learning_rate"]
             assert platform.pending_faults() == 0, platform.faulted
             assert platform.most_writers == 1 and platform.seen["put"] == 0
+            assert len(platform.key_calls) < 60, "a key may be used 100 times a minute"
             told = platform.agents[row["agent_id"]]
             assert told["platform"] == "linux" and told["version"] and told["hostname"]
         finally:

@@ -29,7 +29,7 @@ def stored(hub: Hub, job: str) -> int:
     return int(count)
 
 
-@pytest.mark.parametrize("manner", ["abort", "refuse"])
+@pytest.mark.parametrize("manner", ["refuse", pytest.param("abort", marks=pytest.mark.slow)])
 def test_a_job_runs_and_is_steered_where_no_socket_can_be_had(tmp_path: Path, manner: str) -> None:
     hub = Hub(tmp_path / "hub").start()
     try:
