@@ -121,7 +121,7 @@ class Harm:
 
     def long_outage(self, job: str, meanwhile: Callable[[], None]) -> None:
         self.stand.hub.stop(signal.SIGKILL)
-        pause(self.rng.uniform(30.0, 60.0) if self.long else 8.0)
+        pause(self.rng.uniform(30.0, 60.0) if self.long else 6.0)
         self.stand.hub.start()
         meanwhile()
 
