@@ -114,8 +114,11 @@ def lines_of(chunk: LogChunk) -> list[str]:
     return [*gap, *(line.replace("\x00", "") for line in chunk.lines)]
 
 
-def fields_of(record: object) -> dict[str, Any]:
-    """Return what a record says that only the jobs route can store; empty where there is nothing."""
+def fields_of(record: object, newest: Mapping[str, float | str] | None = None) -> dict[str, Any]:
+    """Return what a record says that only the jobs route can store; empty where there is nothing.
+
+    ``newest`` are the newest values of the job's curve.
+    """
     match record:
         case JobFacts():
             return {
@@ -138,10 +141,8 @@ def fields_of(record: object) -> dict[str, Any]:
                 }
             )
         case Result():
-            ends = {
-                "final_loss": record.values.get("train_loss"),
-                "final_eval_loss": record.values.get("eval_loss"),
-            }
+            values = {**(newest or {}), **record.values}
+            ends = {"final_loss": values.get("train_loss"), "final_eval_loss": values.get("eval_loss")}
             return {"progress": 100, "current_step": record.step} | _finite(ends)
         case JobStatus(state="failed") if record.failure is not None:
             return {"error_message": record.failure.sentence}

@@ -238,7 +238,8 @@ class PlatformDrain(Drain):
             case ParametersApplied() if record.refused:
                 await self._lines.notice(key, memo, f"warning: {record.refused}")
             case _:
-                await self._tell(job_id, hosted.fields_of(record))
+                job = self.uplink.jobs().get(job_id)
+                await self._tell(job_id, hosted.fields_of(record, job.values if job else None))
         await self._settled(key, seq, memo, **notes)
         self.sent += 1
         return seq

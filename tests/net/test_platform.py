@@ -4,6 +4,7 @@ import math
 import random
 
 import anyio
+import msgspec
 import pytest
 
 from agent.net.client import Unreached
@@ -130,11 +131,11 @@ def test_totals_times_results_and_errors_go_through_the_jobs_route() -> None:
         store = kept(platform)
         platform.fault("jobs", "202", "lost")
         store.status("preparing")
+        held = store.held[store.job_id]
+        store.held[store.job_id] = msgspec.structs.replace(held, values={"train_loss": 0.5, "eval_loss": 1.2})
         store.add(store.control, JobFacts(1e9, 1, 120, 2.5, 0, 90, 10, 4, 2, 2e-4))
         store.add(store.control, Checkpoint(1e9, 1, "step-40", 40, 0.9, 1, 1.0, "steps", 1.25, None, True))
-        store.add(
-            store.control, Result(1e9, 1, "/m", "", "", 120, {"train_loss": 0.5, "eval_loss": math.inf})
-        )
+        store.add(store.control, Result(1e9, 1, "/m", "", "", 120, {"eval_loss": math.inf}))
         store.status("completed")
         deliver(platform, store)
         row = platform.rows[store.job_id]
