@@ -11,6 +11,7 @@ from agent.net.client import Unreached
 from agent.net.lines import LOG_CAP
 from protocol.records import Checkpoint, JobFacts, Notice, Result
 from protocol.rest import POLL
+from protocol.session import Key
 from tests.net.kept import Kept, client, deliver, drain, kept
 from tests.support.platform import Platform
 
@@ -108,6 +109,21 @@ def test_nothing_is_lost_or_doubled_under_any_mixture_of_faults_and_crashes(seed
         assert [line for line in log if not line.startswith("[agent]")] == told, seed
         notices = [line for line in log if line.startswith("[agent]")]
         assert len(notices) == len(set(notices)), seed
+
+
+@pytest.mark.parametrize("fault", ["lost", "dropped"])
+def test_no_start_of_the_agent_overtakes_an_earlier_one(fault: str) -> None:
+    with Platform() as platform:
+        store = kept(platform)
+        store.step(1)
+        store.print("before")
+        store.metrics, store.lines = Key(8, store.job_id, 1), Key(8, store.job_id, 2)
+        store.step(2)
+        store.print("after")
+        platform.fault("metrics", fault)
+        platform.fault("logs", fault)
+        deliver(platform, store)
+        assert steps(platform, store) == [1, 2] and platform.log[store.job_id] == ["before", "after"]
 
 
 def test_steps_that_are_made_again_after_a_lost_worker_are_not_drawn_twice() -> None:
