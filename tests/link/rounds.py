@@ -125,6 +125,6 @@ def report(rounds: Rounds, seconds: float) -> str:
         f"out of order {counts['out of order']}, buried {counts['buried']}, "
         f"still to be sent {counts['still to be sent']}",
         f"points {counts['points']}, log lines {counts['lines']}, states {counts['states']}, "
-        f"commands {counts['commands']}",
+        f"commands {counts['commands']}, answered again {counts['answered again']}",
     ]
     return "\n".join([*lines, *rounds.tally.wrong])

@@ -159,9 +159,9 @@ class Link(RuleBasedStateMachine):
                 self._change(lambda tx, key=key, seq=seq: tx.trim(key.epoch, key.scope, key.lane, seq))  # type: ignore[misc]
         assert self.agent.closing is None, self.agent.closing
 
-    @precondition(lambda self: self.agent is None)
     @rule(lane=st.sampled_from([1, 2]), answered=st.booleans(), late=st.booleans())
     def rest(self, lane: int, answered: bool, late: bool) -> None:
+        """Append by REST; with a connection there, it was sent before that and is carried out later."""
         streams = [
             stream for stream in self._read().streams() if stream.lane == lane and stream.first <= stream.last
         ]
@@ -170,7 +170,7 @@ class Link(RuleBasedStateMachine):
             key = Key(stream.epoch, stream.scope, stream.lane)
             rows = self._read().records(key.epoch, key.scope, key.lane, stream.first - 1, 3, 1 << 20)
             append = (key, stream.first, [body for _, body in rows if body is not None])
-            if late:
+            if late or self.agent is not None:
                 self.late.append(append)
                 return
             ack = self._store(*append)
@@ -243,6 +243,19 @@ class Link(RuleBasedStateMachine):
 
     # The network
 
+    @rule(limit=st.sampled_from([1, 3, 50]))
+    def all_goes_well(self, limit: int) -> None:
+        """One exchange."""
+        if self.agent is None:
+            self.dial()
+        self.agent_writes(limit)
+        while self.up:
+            self.hub_reads()
+        while self.applies:
+            self.hub_commits()
+        while self.down:
+            self.agent_reads()
+
     @rule()
     def cut(self) -> None:
         """All that is on its way is lost, and what the hub had not begun to store."""
@@ -261,14 +274,8 @@ class Link(RuleBasedStateMachine):
         while self.late:
             self.late_rest(0)
         self.dial()
-        for _ in range(400):
-            self.agent_writes(50)
-            while self.up:
-                self.hub_reads()
-            while self.applies:
-                self.hub_commits()
-            while self.down:
-                self.agent_reads()
+        for _ in range(60):
+            self.all_goes_well(50)
             if all(stream.first > stream.last for stream in self._read().streams()):
                 break
         else:
@@ -280,7 +287,7 @@ class Link(RuleBasedStateMachine):
 
 
 Link.TestCase.settings = settings(
-    max_examples=30,
+    max_examples=60,
     stateful_step_count=40,
     deadline=None,
     database=None,
