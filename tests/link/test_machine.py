@@ -168,7 +168,7 @@ class Link(RuleBasedStateMachine):
         if streams:
             stream = streams[0]
             key = Key(stream.epoch, stream.scope, stream.lane)
-            rows = self._read().records(key.epoch, key.scope, key.lane, stream.first - 1, 3, 1 << 20)
+            rows = self._read().records(key.epoch, key.scope, key.lane, stream.first - 1, 4, 1 << 20)
             append = (key, stream.first, [body for _, body in rows if body is not None])
             if late or self.agent is not None:
                 self.late.append(append)
@@ -243,18 +243,31 @@ class Link(RuleBasedStateMachine):
 
     # The network
 
-    @rule(limit=st.sampled_from([1, 3, 50]))
-    def all_goes_well(self, limit: int) -> None:
-        """One exchange."""
+    @rule(
+        limit=st.sampled_from([1, 3, 50]),
+        lane=st.sampled_from([1, 2]),
+        late=st.sampled_from(["", "before", "after"]),
+    )
+    def all_goes_well(self, limit: int, lane: int, late: str = "") -> None:
+        """One exchange; ``late``: an append of before is carried out before its commit, or after it."""
+        if late:
+            self.rest(lane, answered=False, late=True)
         if self.agent is None:
             self.dial()
-        self.agent_writes(limit)
-        while self.up:
-            self.hub_reads()
+        for _ in range(2):
+            self.agent_writes(limit)
+            while self.up:
+                self.hub_reads()
+            while self.down:
+                self.agent_reads()
+        if late == "before" and self.late:
+            self.late_rest(-1)
         while self.applies:
             self.hub_commits()
         while self.down:
             self.agent_reads()
+        if late == "after" and self.late:
+            self.late_rest(-1)
 
     @rule()
     def cut(self) -> None:
@@ -275,7 +288,7 @@ class Link(RuleBasedStateMachine):
             self.late_rest(0)
         self.dial()
         for _ in range(60):
-            self.all_goes_well(50)
+            self.all_goes_well(50, 1)
             if all(stream.first > stream.last for stream in self._read().streams()):
                 break
         else:
@@ -287,7 +300,7 @@ class Link(RuleBasedStateMachine):
 
 
 Link.TestCase.settings = settings(
-    max_examples=60,
+    max_examples=120,
     stateful_step_count=40,
     deadline=None,
     database=None,
