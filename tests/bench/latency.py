@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from tests.bench import job
-from tests.bench.figures import Figure, at_most, await_end, percentile, running, shown
+from tests.bench.figures import Figure, at_most, await_end, percentile, running
 from tests.bench.watched_hub import WatchedHub
 from tests.support.programs import fake_config, wait_until
 from tests.support.trainers import trainer_of
@@ -112,18 +112,3 @@ def _step_seconds(hub: WatchedHub, job_id: str, before: float) -> float:
     """Return the median length of the ten steps before a moment."""
     ended = [end for _, _, name, _, end in hub.seen("point") if name == job_id and end <= before]
     return statistics.median(later - earlier for earlier, later in pairwise(ended[-11:]))
-
-
-def ingest(folder: Path, points: int = 20_000) -> dict[str, Figure]:
-    """Return the points a second that go from a trainer without pauses to the hub's disk."""
-    with running(folder, fake=True, METRICS_REPORT_INTERVAL_STEPS="1") as (hub, agent):
-        job_id = hub.submit(fake_config("step=0 save=0", points, save_steps=1_000_000))
-        await_end(hub, agent, job_id)
-        notes = hub.points(job_id, points)
-    made = notes[-1][1] - notes[0][1]
-    stored = notes[-1][2] - notes[0][1]
-    return {
-        "ingest": shown(
-            len(notes) / stored, "durable points/s", points=len(notes), made_in=made, stored_in=stored
-        )
-    }

@@ -1,5 +1,8 @@
 """A trainer that does nothing but report: points of 20 figures, as fast as they can be said.
 
+A job by the name of "slow" makes fifty a second; one by the name of "waits" makes the first, and the rest after
+three seconds.
+
 `tests.bench.points` is a trainer module (see `agent.runtime.boot`), and as a program the agent that starts it.
 """
 
@@ -38,10 +41,15 @@ def main(orders: OrderQueue, events: EventQueue) -> int:
             gradient_accumulation_steps=1,
         )
     )
+    name = start.spec.name
     names = ["train_loss", *(f"figure_{number}" for number in range(1, FIGURES))]
     for step in range(1, steps + 1):
         values = dict.fromkeys(names, 1.0 / step)
         line.say(Metrics(step, step / steps, time.time(), values))
+        if name == "slow":
+            time.sleep(0.02)
+        if name == "waits" and step == 1:
+            time.sleep(3.0)  # the hub has the first now, and can be taken away
     line.say(Trained(steps, "steps"))
     line.say(
         Finished(

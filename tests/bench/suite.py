@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.bench import compression, estimate, first_step, latency, reporting, saving, start, throughput
+from tests.bench import compression, estimate, first_step, latency, link, reporting, saving, start, throughput
 from tests.bench.figures import Figure
 
 BENCHMARKS: dict[str, Callable[[Path], dict[str, Figure]]] = {
@@ -14,7 +14,10 @@ BENCHMARKS: dict[str, Callable[[Path], dict[str, Figure]]] = {
     "pause": latency.pause,
     "first_step": first_step.first_step,
     "reporting": reporting.reporting,
-    "ingest": latency.ingest,
+    "ingest": link.ingest,
+    "wire": link.wire,
+    "backlog": link.backlog,
+    "redial": link.redial,
     "save": saving.save,
     "compress": compression.compress,
     "estimate": estimate.estimate,

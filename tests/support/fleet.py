@@ -115,8 +115,9 @@ class Storm:
 class Fleet:
     """Agents that dial one hub."""
 
-    def __init__(self, hub: Hub, count: int) -> None:
+    def __init__(self, hub: Hub, count: int, url: str = "") -> None:
         self.hub = hub
+        self.url = url or hub.url
         self.agents = [OneOfMany(number) for number in range(count)]
         self.dials: list[float] = []
         self.connected: dict[str, float] = {}
@@ -131,7 +132,7 @@ class Fleet:
 
         link = Link(
             agent,
-            backend_url=self.hub.url,
+            backend_url=self.url,
             key=lambda: KEY,
             agent_id=agent.agent_id,
             heartbeat=15.0,
@@ -167,6 +168,21 @@ class Fleet:
             group.cancel_scope.cancel()
         returns = [self.connected[agent.agent_id] for agent in self.agents]
         return Storm(len(self.agents), cut, back, list(self.dials), returns, stored(self.hub.data))
+
+    async def cut_off(self, cut: Callable[[], None]) -> list[float]:
+        """Have every agent connect, call ``cut``, and return how many seconds later each was back."""
+        async with anyio.create_task_group() as group:
+            for agent in self.agents:
+                group.start_soon(self._link(agent).run)
+                await anyio.sleep(0.002)
+            await self._until(lambda: len(self.connected) == len(self.agents))
+            await anyio.sleep(1.0)
+            self.connected.clear()
+            began = time.monotonic()
+            await anyio.to_thread.run_sync(cut)
+            await self._until(lambda: len(self.connected) == len(self.agents))
+            group.cancel_scope.cancel()
+        return [at - began for at in self.connected.values()]
 
     def _all_stored(self) -> bool:
         taken = sum(len(agent.jobs) for agent in self.agents)
