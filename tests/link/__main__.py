@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--harms", type=int, default=6, metavar="K", help="faults of a round")
     parser.add_argument("--seed", default="1", metavar="S")
     parser.add_argument("--short", action="store_true", help="faults that take seconds rather than minutes")
+    parser.add_argument("--only", default="", metavar="WORD", help="kinds whose name holds this")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument(APART, action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
         subprocess.run(mount, check=True, capture_output=True)
     began = time.monotonic()
     stand = Stand(folder, disk=args.in_a_namespace)
-    rounds = Rounds(stand, args.seed, long=not args.short)
+    rounds = Rounds(stand, args.seed, long=not args.short, only=args.only)
     print(f"seed {args.seed}, in {folder}", file=sys.stderr)
     try:
         while rounds.done < args.rounds or time.monotonic() - began < 60 * args.minutes:

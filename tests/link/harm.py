@@ -15,7 +15,7 @@ UNNOTICED = 2.5 * HEARTBEAT
 class Harm:
     """Does harm to a stand, and undoes it."""
 
-    def __init__(self, stand: Stand, rng: random.Random, *, long: bool) -> None:
+    def __init__(self, stand: Stand, rng: random.Random, *, long: bool, only: str = "") -> None:
         self.stand, self.rng, self.long = stand, rng, long
         self.done: Counter[str] = Counter()
         kinds: list[Callable[[str, Callable[[], None]], None]] = [
@@ -32,7 +32,8 @@ class Harm:
             self.sleep,
             self.long_outage,
         ]
-        self.kinds = [*kinds, self.disk_full] if stand.disk else kinds
+        kinds += [self.disk_full] if stand.disk else []
+        self.kinds = [kind for kind in kinds if only in kind.__name__]
         self._bag: list[Callable[[str, Callable[[], None]], None]] = []
 
     def one(self, job: str, meanwhile: Callable[[], None]) -> str:
@@ -104,6 +105,10 @@ class Harm:
         meanwhile()
 
     def agent_killed(self, job: str, meanwhile: Callable[[], None]) -> None:
+        if self.rng.random() < 0.7:
+            # What its trainer says from here on is in the pipe between them when it dies.
+            self.stand.signal_agent(signal.SIGSTOP)
+            pause(self.some(1.5))
         self.stand.kill_agent()
         meanwhile()
         pause(self.some(1.0))

@@ -69,6 +69,7 @@ def check_curve(stand: Stand, job: str, tally: Tally) -> None:
     if curve_hash(said) == curve_hash(have):
         return
     steps, there = {point[0] for point in said}, Counter(point[0] for point in have)
+    tally.counts["points missing"] += len(steps - set(there))
     other = [pair for pair in zip(said, have, strict=False) if pair[0] != pair[1]][:1]
     tally.wrong.append(
         f"{job}: the hub's curve is not the trainer's; missing {sorted(steps - set(there))[:5]}, "

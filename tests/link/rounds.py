@@ -31,10 +31,10 @@ ENDLESS = 1_000_000
 class Rounds:
     """Rounds on one stand, from one seed."""
 
-    def __init__(self, stand: Stand, seed: str, *, long: bool) -> None:
+    def __init__(self, stand: Stand, seed: str, *, long: bool, only: str = "") -> None:
         self.stand = stand
         self.rng = random.Random(seed)
-        self.harm = Harm(stand, self.rng, long=long)
+        self.harm = Harm(stand, self.rng, long=long, only=only)
         self.tally = Tally()
         self.done = 0
         self._ended: dict[str, str] = {}
@@ -124,7 +124,7 @@ def report(rounds: Rounds, seconds: float) -> str:
         f"records made {counts['records']}, lost {counts['lost']}, doubled {counts['doubled']}, "
         f"out of order {counts['out of order']}, buried {counts['buried']}, "
         f"still to be sent {counts['still to be sent']}",
-        f"points {counts['points']}, log lines {counts['lines']}, states {counts['states']}, "
+        f"points {counts['points']}, missing {counts['points missing']}; log lines {counts['lines']}, states {counts['states']}, "
         f"commands {counts['commands']}, answered again {counts['answered again']}",
     ]
     return "\n".join([*lines, *rounds.tally.wrong])
