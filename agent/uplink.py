@@ -156,14 +156,14 @@ class JournalUplink:
         self._ahead = server_time - self._clock() if server_time else 0.0
         if self._desk.ledger.backlog[Lane.METRICS][0] < SNAPSHOT_BEHIND:
             return
+        streams = await self._desk.ledger.journal.read(lambda rows: rows.streams())
+        behind = {one.scope for one in streams if one.lane == Lane.METRICS and one.first <= one.last}
         for job in list(self._desk.jobs.values()):
-            if job.from_backend and job.state not in TERMINAL and job.state is not JobState.QUEUED:
+            # Also of one that has ended meanwhile: its history may take a while.
+            if job.from_backend and job.job_id in behind:
                 values: Values = {**job.values}
-                await self._desk.append(
-                    job.job_id,
-                    Lane.CONTROL,
-                    [Snapshot(self._clock(), job.attempt, job.state, job.step, job.epoch, values)],
-                )
+                snapshot = Snapshot(self._clock(), job.attempt, job.state, job.step, job.epoch, values)
+                await self._desk.append(job.job_id, Lane.CONTROL, [snapshot])
 
     async def desired(self, message: Desired) -> None:
         now = self._clock()

@@ -49,3 +49,19 @@ def test_an_agent_that_was_stopped_says_for_how_long(tmp_path: Path) -> None:
         assert [point["step"] for point in hub.metrics(job)] == list(range(1, 1001))
         told = [note["text"] for note in hub.status(job)["notes"]]
         assert any("This machine slept, or its agent was stopped, for 1" in text for text in told), told
+
+
+def test_the_newest_figures_of_a_job_that_ended_meanwhile_come_before_its_history(tmp_path: Path) -> None:
+    steps = 3_000
+    with together(tmp_path) as (hub, agent):
+        job = hub.submit(fake_config("step=0.0005", steps=steps), job_id="ended")
+        hub.wait_step(job, 5)
+        hub.stop(signal.SIGKILL)
+        with agent.api() as api:
+            wait_until(
+                lambda: api.get("/api/training/status/ended").json()["status"] == "completed", "the job's end"
+            )
+        hub.start()
+        hub.wait_state(job, "completed")
+        assert hub.status(job)["current_step"] == steps
+        wait_until(lambda: len(hub.metrics(job)) == steps, "its history")
