@@ -75,6 +75,8 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     save_steps: int | None = None
     logging_steps: int | None = None
     early_stopping_patience: int | None = None
+    step_rows: int | None = None
+    """Rows of an optimizer step, where a trainer cut it into micro-batches that do not divide it."""
 
 
 # Orders: agent -> trainer
@@ -280,6 +282,8 @@ class ParametersSet(Event, frozen=True, array_like=True, tag=11):
     step: int
     parameters: Parameters
     refused: str = ""
+    replayed: bool = False
+    """An earlier attempt had put them in force at this step, and this one does so again."""
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -138,13 +138,13 @@ def _heard(job: Job, event: AnyEvent, now: float) -> tuple[Job, list[Effect]]:
         case Note(level=level, text=text):
             job, notice = note(job, "warning" if level == "warning" else "info", text, now=now)
             return job, [notice]
-        case ParametersSet(step=at, parameters=parameters, refused=refused):
+        case ParametersSet(step=at, parameters=parameters, refused=refused, replayed=replayed):
             job = msgspec.structs.replace(
                 job,
                 batch_size=parameters.batch_size or job.batch_size,
                 gradient_accumulation_steps=parameters.gradient_accumulation_steps
                 or job.gradient_accumulation_steps,
-                applied=applied(job.applied, at, parameters),
+                applied=job.applied if replayed else applied(job.applied, at, parameters),
                 parameters=_followed(job.parameters, parameters),
             )
             return job, [_control(job, ParametersApplied(now, job.attempt, at, parameters, refused))]
@@ -167,9 +167,10 @@ def _heard(job: Job, event: AnyEvent, now: float) -> tuple[Job, list[Effect]]:
 def applied(
     before: list[tuple[int, Parameters]], step: int, parameters: Parameters
 ) -> list[tuple[int, Parameters]]:
-    """Return what was put in force at which step, with ``parameters`` from ``step`` on; a replay changes nothing."""
-    if parameters == Parameters() or (step, parameters) in before:
+    """Return what was put in force at which step, with ``parameters`` from ``step`` on."""
+    if parameters == Parameters():
         return before
+    # Stable: what was set later at the same step stays the later one.
     return sorted([*before, (step, parameters)], key=lambda entry: entry[0])[-APPLIED_KEPT:]
 
 

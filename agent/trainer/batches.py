@@ -15,6 +15,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from agent.trainer.progress import Place
 
+EPOCHS = 1000
+"""Epochs in a row that may be left out whole after rewinds."""
 Collate = Callable[[list[Any]], Any]
 
 
@@ -135,7 +137,7 @@ class TableFeed(Feed):
         return self._batches
 
     def next(self, place: Place) -> Step | None:
-        for _ in range(2):
+        for _ in range(EPOCHS if len(self.dataset) else 0):
             wanted = (place.epoch, place.rows, place.micro, place.step_rows)
             if wanted != self._at:
                 self._steps = self._run(place)
@@ -217,7 +219,7 @@ class StreamFeed(Feed):
         self._at: tuple[int, int] | None = None
 
     def next(self, place: Place) -> Step | None:
-        for _ in range(2):
+        for _ in range(EPOCHS):
             if (place.epoch, place.rows) != self._at:
                 self._rows = self._read(place)
             taken = list(itertools.islice(self._rows, place.step_rows))
@@ -235,12 +237,15 @@ class StreamFeed(Feed):
                 return step
             self._at = None
             place.stream_rows = max(place.stream_rows, place.rows)
+            if place.rows == 0 and not self._skipped(place.epoch):
+                return None
             place.epoch, place.rows = place.epoch + 1, 0
         return None
 
     def share(self, place: Place, max_steps: int) -> float:
-        whole = place.stream_rows or max_steps * place.step_rows
-        return min(place.rows / max(1, whole), 1.0)
+        whole = max(1, place.stream_rows or max_steps * place.step_rows)
+        # Its length was a guess: a pass that is longer is not over, and there is no evaluation at each of its steps.
+        return place.rows / whole if place.rows <= whole else 1 - 1e-6
 
     def _read(self, place: Place) -> Iterator[tuple[int, Any]]:
         if hasattr(self.dataset, "set_epoch"):

@@ -54,11 +54,14 @@ class ControlledMixin(Steps):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().train(*args, **kwargs)
-        finally:
-            # Nothing is said after the last word. A bad step is no matter any more where the process leaves.
-            with contextlib.suppress(Bad):
+            result = super().train(*args, **kwargs)
+        except BaseException:
+            # Nothing is said after the last word. What a report met is no matter any more where training has ended.
+            with contextlib.suppress(Exception):
                 self._reporter.flush()
+            raise
+        self._settle_reports()
+        return result
 
     # Called by Trainer
 
@@ -70,6 +73,8 @@ class ControlledMixin(Steps):
             # Trainer does this later, at the first batch; a checkpoint written before that must hold them too.
             self._load_rng_state(str(job.resumed_from.path))
         self._resume_counting()
+        if progress.eval_batch:
+            self.args.per_device_eval_batch_size = progress.eval_batch
         place = progress.place
         job.inbox.line.say(
             msgspec.structs.replace(
@@ -95,11 +100,19 @@ class ControlledMixin(Steps):
             values = progress.owed or {}
             if not self._evaluate_at(step, values):
                 raise Leaving(job.inbox.leaving, step)
+            if not ending and self._patience_is_over:
+                ending, why = True, "early_stopping"
+            progress.ended = why
             self._save_if_due(ending, scheduled=False)
         if ending:
             progress.ended = why
             self.control.should_training_stop = True
         self._start_clock()
+
+    @property
+    def _patience_is_over(self) -> bool:
+        patience = self.job.schedule.patience
+        return bool(patience and self.job.progress.without_improvement >= patience)
 
     def _epochs(self, place: Place) -> float:
         """Return how many epochs the run's steps are; a stream's length is not known."""
@@ -128,10 +141,12 @@ class ControlledMixin(Steps):
         set_parameters(self)
         schedule = job.schedule
         ending = self.control.should_training_stop or inbox.stop
-        pointed = ending or step % schedule.logging_steps == 0
+        # Also where patience was lowered since the last evaluation: then another one decides.
+        last = ending or self._patience_is_over
+        pointed = last or step % schedule.logging_steps == 0
         weighed = bool(schedule.evaluates(step, float(self.state.epoch)) or inbox.evaluations)
         kept = bool(inbox.leaving or inbox.saves or step % schedule.save_steps == 0)
-        if pointed and not (weighed or ending or kept) and self._reports_beside:
+        if pointed and not (weighed or last or kept) and self._reports_beside:
             self._report_beside(learning_rate)
             return
         values: dict[str, float] = {}
@@ -139,7 +154,7 @@ class ControlledMixin(Steps):
             # Nothing is told, and nothing kept, of a step that should not have been made.
             values = self._report_at_once(learning_rate, pointed=pointed)
         done = True
-        if self.eval_dataset is not None and (weighed or ending):
+        if self.eval_dataset is not None and (weighed or last):
             done = self._evaluate_at(step, values)
         elif values:
             self._say_point(step, values)
@@ -148,7 +163,7 @@ class ControlledMixin(Steps):
             inbox.line.say(
                 Note("warning", "The job has no held-out rows, so there is nothing to evaluate on.")
             )
-        early = bool(schedule.patience and job.progress.without_improvement >= schedule.patience)
+        early = self._patience_is_over
         if done and not self.control.should_training_stop and (early or inbox.stop):
             job.progress.ended = "stop" if inbox.stop else "early_stopping"
         ending = done and (ending or early)
@@ -172,14 +187,18 @@ class ControlledMixin(Steps):
 
         self._reporter.give(report)
 
-    def _report_at_once(self, learning_rate: float, *, pointed: bool) -> dict[str, float]:
-        """Return this step's values, if it has a point. Raises what a bad step is answered with."""
+    def _judge_steps(self, learning_rate: float | None = None) -> None:
+        """Look at every step that was made so far. Raises what a bad one is answered with."""
         self._settle_reports()
         bad = self._first_bad(self._taken_trail())
         if bad is not None:
-            at = self._moment(learning_rate)
+            at = self._moment(self._get_learning_rate() if learning_rate is None else learning_rate)
             self._say_point(at.step, self._measure(at), at)
             raise self._answer_to(bad)
+
+    def _report_at_once(self, learning_rate: float, *, pointed: bool) -> dict[str, float]:
+        """Return this step's values, if it has a point. Raises what a bad step is answered with."""
+        self._judge_steps(learning_rate)
         return self._measure(self._moment(learning_rate)) if pointed else {}
 
     def _settle_reports(self) -> None:

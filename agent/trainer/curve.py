@@ -231,6 +231,12 @@ class Curve(_Trainer):  # type: ignore[misc]
     def _evaluate_smaller(self, reason: FailureReason, words: str) -> None:
         args, progress, step = self.args, self.job.progress, self.state.global_step
         before = args.per_device_eval_batch_size
+        if before == 1 and self._evaluated and self._asked.for_fresh_process(step):
+            self._say_fresh(
+                f"Memory ran out in the evaluation at step {step} with a single row, which had fitted before ({words})."
+            )
+            self.job.inbox.fresh = True
+            raise _PutOff
         if before == 1:
             raise TrainerError(
                 reason,

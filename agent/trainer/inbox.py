@@ -44,6 +44,10 @@ class Inbox:
         """Optimizer steps done, for those who leave."""
         self.pause = False
         self.stop = False
+        self.lost = False
+        """The agent is gone, as was seen at the last look: within one step the answer must not change."""
+        self.fresh = False
+        """This process is to be followed by a fresh one."""
         self.saves: list[str] = []
         self.evaluations: list[str] = []
         self.parameters: list[Parameters] = []
@@ -69,13 +73,16 @@ class Inbox:
                     self.parameters.append(parameters)
                 case _:  # a second Start, or Committed, which the line keeps to itself
                     pass
+        self.lost = self.lost or self.line.parent_gone
 
     @property
     def leaving(self) -> str:
         """Why the process must save and leave, or nothing."""
-        if self.line.parent_gone:
+        if self.lost:
             return "parent_lost"
-        return "paused" if self.pause else ""
+        if self.pause:
+            return "paused"
+        return "fresh_process" if self.fresh else ""
 
     def leave_if_told(self) -> None:
         """Raise Leaving if the job is to go now; for places where there is nothing to save."""
@@ -86,5 +93,5 @@ class Inbox:
     def leave_unless_finishing(self) -> None:
         """Raise Leaving while the final model is made: a pause is too late then, a cancel is not."""
         self.listen()
-        if self.line.parent_gone:
+        if self.lost:
             raise Leaving("parent_lost", self.step)

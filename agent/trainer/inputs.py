@@ -306,6 +306,7 @@ def _place(progress: Progress, told: set[str], names: set[str], spec: JobSpec) -
     if anew:
         place.rows = place.stream_rows = 0
         place.digest = ""
+        place.order += 1
     if names & BATCH:
         place.micro = place.step_rows = 0
     if "eval_batch_size" in names:

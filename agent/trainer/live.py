@@ -12,6 +12,8 @@ MOST = 65_536
 """Rows of a micro-batch, and micro-batches of a step; as in a job."""
 
 
+BATCH = frozenset(("batch_size", "gradient_accumulation_steps", "step_rows"))
+"""What belongs together."""
 Applied = list[tuple[int, Parameters]]
 """Parameters, and the step from which on they were in force."""
 
@@ -23,8 +25,8 @@ def to_come(
 
     What the checkpoint of ``saved_step`` holds is in force already; None: there is no checkpoint.
     """
-    # What was set at the end of the step that was saved, from the next on, was set before it was saved.
-    later = [(step, given) for step, given in applied if saved_step is None or step > saved_step + 1]
+    # What was set at the very next step may be in the checkpoint or not: setting it again changes nothing.
+    later = [(step, given) for step, given in applied if saved_step is None or step > saved_step]
     known = msgspec.structs.asdict(progress.parameters)
     for _, given in later:
         known |= {name: value for name, value in msgspec.structs.asdict(given).items() if value is not None}
@@ -33,7 +35,10 @@ def to_come(
         for name, value in msgspec.structs.asdict(wanted).items()
         if value is not None and value != known[name]
     }
-    return Parameters(**news), later
+    # An old wish must not come after a new one.
+    over = set(news) | (set(BATCH) if not BATCH.isdisjoint(news) else set())
+    later = [(step, msgspec.structs.replace(given, **dict.fromkeys(over))) for step, given in later]
+    return Parameters(**news), [entry for entry in later if entry[1] != Parameters()]
 
 
 def set_parameters(trainer: Any) -> None:
@@ -41,9 +46,11 @@ def set_parameters(trainer: Any) -> None:
     inbox, progress = trainer.job.inbox, trainer.job.progress
     orders, inbox.parameters = inbox.parameters, []
     job, next_step = trainer.job, trainer.state.global_step + 1
-    while job.replay and job.replay[0][0] <= next_step:
-        orders.insert(0, job.replay.pop(0)[1])
-    for wanted in orders:
+    due = 0
+    while due < len(job.replay) and job.replay[due][0] <= next_step:
+        due += 1
+    again, job.replay = [given for _, given in job.replay[:due]], job.replay[due:]
+    for at, wanted in enumerate([*again, *orders]):
         taken: dict[str, Any] = {}
         refused: list[str] = []
         for name, value in msgspec.structs.asdict(wanted).items():
@@ -56,7 +63,7 @@ def set_parameters(trainer: Any) -> None:
                 taken[name] = value
         _set_batch(trainer, taken)
         progress.parameters = msgspec.structs.replace(progress.parameters, **taken)
-        inbox.line.say(ParametersSet(trainer.state.global_step + 1, Parameters(**taken), " ".join(refused)))
+        inbox.line.say(ParametersSet(next_step, Parameters(**taken), " ".join(refused), at < len(again)))
 
 
 def _set(trainer: Any, name: str, value: Any) -> str:
@@ -64,7 +71,7 @@ def _set(trainer: Any, name: str, value: Any) -> str:
     schedule = trainer.job.schedule
     if not value > 0:
         return f"{name} must be greater than 0, not {value}."
-    if name in ("batch_size", "gradient_accumulation_steps"):
+    if name in BATCH:
         return f"{name} must be at most {MOST}, not {value}." if value > MOST else ""
     if name == "learning_rate":
         return _set_learning_rate(trainer, value)
@@ -80,6 +87,9 @@ def _set(trainer: Any, name: str, value: Any) -> str:
 def _set_batch(trainer: Any, taken: dict[str, Any]) -> None:
     """Change how many rows are taken at once; the number of optimizer steps stays."""
     place = trainer.job.progress.place
+    if "step_rows" in taken:  # a healed step's: its cut changed, and nothing else
+        place.micro, place.step_rows = taken.get("batch_size", place.micro), taken["step_rows"]
+        return
     micro = taken.get("batch_size", place.micro)
     accumulation = taken.get("gradient_accumulation_steps", place.accumulation)
     if (micro, micro * accumulation) != (place.micro, place.step_rows) and (

@@ -32,6 +32,8 @@ class Place(msgspec.Struct, kw_only=True):
     """Rows of a micro-batch; 0: not begun."""
     step_rows: int = 0
     """Rows of an optimizer step: the effective batch."""
+    order: int = 0
+    """How often the order of rows was begun anew, because the rows or what orders them had changed."""
     stream_rows: int = 0
     """Rows of a stream, once it has been read to its end."""
     digest: str = ""

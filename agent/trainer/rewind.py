@@ -21,6 +21,8 @@ class Skip(msgspec.Struct, frozen=True, kw_only=True):
     first: int
     end: int
     why: str
+    order: int = 0
+    """`Place.order`: in another order other rows stand at these places."""
     rows: list[int] = []
     """Their numbers in the data set, where it has any."""
 
@@ -34,11 +36,10 @@ class Skips:
         with contextlib.suppress(FileNotFoundError):
             self.entries = msgspec.json.decode(self._path.read_bytes(), type=list[Skip])
 
-    def places(self, epoch: int) -> frozenset[int]:
+    def places(self, epoch: int, order: int = 0) -> frozenset[int]:
         """Return the places of an epoch's order that are passed over."""
-        return frozenset(
-            at for skip in self.entries if skip.epoch == epoch for at in range(skip.first, skip.end)
-        )
+        mine = [skip for skip in self.entries if (skip.epoch, skip.order) == (epoch, order)]
+        return frozenset(at for skip in mine for at in range(skip.first, skip.end))
 
     def add(self, skip: Skip) -> None:
         """Remember it, also over a power cut."""

@@ -85,11 +85,12 @@ class Saving(Curve):
             lambda: contents.static_files(self.model, self.processing_class),
         )
         resumed = job.resumed_from
+        in_use = {job.checkpoints.path(job.progress.best_step)} if job.progress.best_step else set()
         self._keeper.check_disk(
             resumed.size if resumed is not None else self._guess_size(),
             self._weights_size(),
             job.schedule.save_total_limit,
-            {resumed.path} if resumed is not None else set(),
+            in_use | ({resumed.path} if resumed is not None else set()),
         )
         try:
             result = super().train(*args, **kwargs)
@@ -141,7 +142,7 @@ class Saving(Curve):
         job, step = self.job, self.state.global_step
         reasons: list[tuple[str, str]] = []
         if job.inbox.leaving:
-            reasons.append(("pause" if job.inbox.leaving == "paused" else "parent_lost", ""))
+            reasons.append(({"paused": "pause"}.get(job.inbox.leaving, job.inbox.leaving), ""))
         if ending:
             reasons.append(("final", ""))
         progress = job.progress

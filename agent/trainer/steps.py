@@ -78,7 +78,7 @@ class Steps(Saving):
         else:
             collate = self._get_collator_with_removed_columns(collate, "training")
         if not hasattr(rows, "__len__"):
-            self._feed = StreamFeed(rows, collate, skipped=self._skips.places)
+            self._feed = StreamFeed(rows, collate, skipped=self._skipped)
             return self._feed
         by_length = None
         if args.train_sampling_strategy == "group_by_length":
@@ -94,7 +94,7 @@ class Steps(Saving):
                 args.dataloader_num_workers, args.dataloader_prefetch_factor, args.dataloader_pin_memory
             ),
             by_length=by_length,
-            skipped=self._skips.places,
+            skipped=self._skipped,
         )
         return self._feed
 
@@ -107,6 +107,9 @@ class Steps(Saving):
 
     def _row_lengths(self) -> list[int]:
         return [len(ids) for ids in self.train_dataset["input_ids"]]
+
+    def _skipped(self, epoch: int) -> frozenset[int]:
+        return self._skips.places(epoch, self.job.progress.place.order)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Restore Trainer's state. Where the job stands in its data is ours to say, so Trainer skips nothing."""
@@ -162,7 +165,7 @@ class Steps(Saving):
     def _close_step(self, learning_rate: float) -> None:
         raise NotImplementedError
 
-    def _settle_reports(self) -> None:
+    def _judge_steps(self) -> None:
         raise NotImplementedError
 
     def _apply(self, step: Step) -> None:
@@ -234,7 +237,11 @@ class Steps(Saving):
         if before == 1:
             self._leave_for_memory(number, reason, words)
         place.micro = -(-before // 2)
-        taken = Parameters(batch_size=place.micro, gradient_accumulation_steps=place.accumulation)
+        taken = Parameters(
+            batch_size=place.micro,
+            gradient_accumulation_steps=place.accumulation,
+            step_rows=place.step_rows,
+        )
         progress, line = self.job.progress, self.job.inbox.line
         progress.parameters = msgspec.structs.replace(
             progress.parameters,
@@ -283,7 +290,7 @@ class Steps(Saving):
             self._say_fresh(
                 f"Memory ran out at step {number} with a single row, which had fitted before ({words})."
             )
-            self._settle_reports()
+            self._judge_steps()
             self._save_now([("fresh_process", "")])
             raise Leaving("fresh_process", self.state.global_step)
         where = "device's" if reason is FailureReason.DEVICE_MEMORY else "machine's"
@@ -311,7 +318,13 @@ class Steps(Saving):
             return None
         progress = self.job.progress
         # The one wait for the device.
-        figures = torch.stack([figure.float() for step in done for figure in (step.loss, step.norm)]).tolist()
+        tensors = [figure for step in done for figure in (step.loss, step.norm)]
+        try:
+            figures = torch.stack([figure.float() for figure in tensors]).tolist()
+        except RuntimeError as error:
+            if not healing.is_out_of_memory(error):
+                raise
+            figures = [float(figure.item()) for figure in tensors]  # slower, and takes no memory
         bad: Bad | None = None
         for at, step in enumerate(done):
             loss, norm = figures[2 * at], figures[2 * at + 1]

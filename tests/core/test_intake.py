@@ -200,7 +200,9 @@ def test_what_was_put_in_force_is_kept_for_the_next_attempt() -> None:
     assert new.applied == [(7, first), (41, second)]
     # The micro-batch that was found to fit is what the next attempt begins with; the rate is the user's.
     assert new.parameters == Parameters(learning_rate=1e-5, batch_size=2, gradient_accumulation_steps=4)
-    assert after(ParametersSet(41, second), new)[0].applied == new.applied
+    assert after(ParametersSet(41, second, "", True), new)[0].applied == new.applied
+    there_and_back = after(ParametersSet(41, first), after(ParametersSet(41, second), new)[0])[0]
+    assert [given for step, given in there_and_back.applied if step == 41] == [second, second, first]
     assert after(ParametersSet(50, Parameters(), "No."), new)[0].applied == new.applied
 
 

@@ -15,10 +15,12 @@ from protocol.worker import (
     Left,
     Metrics,
     Note,
+    Parameters,
     Pause,
     Ready,
     Saved,
     SaveNow,
+    SetParameters,
     Stop,
     Trained,
 )
@@ -130,6 +132,33 @@ def test_early_stopping_counts_evaluations(jobs: Jobs) -> None:
     best = line.last.values["best_step"]
     assert trained.step == best + 4
     assert line.points[trained.step]["epochs_without_improvement"] == 2
+
+
+def test_an_evaluation_that_a_pause_put_off_ends_the_job_all_the_same(jobs: Jobs) -> None:
+    training = {**EVERY_2, "learning_rate": 0.6, "max_steps": 60, "early_stopping_patience": 2}
+    untouched = jobs.run("untouched", training=training, eval_fraction=0.25)
+    (ended,) = untouched.of(Trained)
+    # After the point of the step before: micro-batch, boundary, and the first held-out batch of the last one.
+    paused = jobs.run("paused", {ended.step - 1: [Pause()]}, delay=2, training=training, eval_fraction=0.25)
+    assert paused.last == Left("paused", ended.step)
+    resumed = jobs.run("paused", attempt=2, beside=True, training=training, eval_fraction=0.25)
+    assert resumed.of(Trained) == [ended]
+    assert curve(paused, resumed) == curve(untouched)
+    assert resumed.last.weights_hash == untouched.last.weights_hash
+
+
+def test_patience_that_is_lowered_is_over_after_another_look(jobs: Jobs) -> None:
+    training = {**EVERY_2, "learning_rate": 0.6, "max_steps": 40, "logging_steps": 100}
+    order = SetParameters(Parameters(early_stopping_patience=1))
+    plain = jobs.run("plain", training=training, eval_fraction=0.25)
+    worse = [step for step, values in plain.points.items() if values["epochs_without_improvement"] >= 1]
+    at = next(step for step in worse if step + 2 in worse)
+    line = jobs.run("job", {at: [order]}, training=training, eval_fraction=0.25)
+    (trained,) = line.of(Trained)
+    assert (trained.step, trained.why) == (at + 1, "early_stopping")
+    # The step that ends it has its point, and the tokens up to there are counted.
+    assert {"train_loss", "eval_loss"} <= line.points[trained.step].keys()
+    assert line.last.values["tokens_seen"] > 0
 
 
 def test_saves_and_evaluations_on_command_change_nothing(jobs: Jobs) -> None:

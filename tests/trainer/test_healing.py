@@ -13,7 +13,7 @@ from agent.trainer import healing
 from agent.trainer.errors import TrainerError
 from protocol.failures import FailureReason
 from protocol.jobspec import LoraSpec
-from protocol.worker import Left, Metrics, Note, ParametersSet, Pause, Ready, Saved
+from protocol.worker import Cancel, Left, Metrics, Note, ParametersSet, Pause, Ready, Saved
 from tests.trainer.conftest import Jobs, RecordingLine, chat_rows, curve, write_jsonl
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
@@ -219,3 +219,53 @@ def test_each_step_may_ask_for_one_fresh_process(tmp_path: Path) -> None:
     assert healing.Asked(tmp_path).for_fresh_process(3)
     assert not healing.Asked(tmp_path).for_fresh_process(3)
     assert healing.Asked(tmp_path).for_fresh_process(4)
+
+
+def test_a_heal_that_does_not_divide_the_step_is_replayed_as_it_was(jobs: Jobs) -> None:
+    wanted: dict[str, Any] = {"training": {"batch_size": 3, "save_steps": 3}, "lora": LoraSpec(r=4)}
+    with device() as small:
+        small.once_in = {9, 10}  # in the fifth step: three rows, then two and one
+        untouched = jobs.run("untouched", **wanted)
+    (healed,) = untouched.of(ParametersSet)
+    with device() as small:
+        small.once_in = {9, 10}
+        jobs.run("lost", {5: [Cancel()]}, **wanted)
+    again = jobs.run("lost", attempt=2, applied=[(healed.step, healed.parameters)], **wanted)
+    assert again.of(Ready)[0].start_step == 3
+    assert again.last.values["tokens_seen"] == untouched.last.values["tokens_seen"]
+    assert again.last.weights_hash == untouched.last.weights_hash
+    assert not [note for note in again.of(Note) if "An optimizer step now takes" in note.text]
+
+
+def test_a_step_without_a_number_is_not_kept_when_memory_ends_the_process(jobs: Jobs) -> None:
+    training = {
+        "batch_size": 1,
+        "max_steps": 12,
+        "logging_steps": 50,
+        "save_steps": 50,
+        "learning_rate": 1e30,
+        "max_grad_norm": 0,
+    }
+    with device() as small, pytest.raises(TrainerError) as caught:
+        small.once_in = {11, 12}  # in the sixth step; the second had no number
+        jobs.run("job", training=training)
+    assert caught.value.reason is FailureReason.NON_FINITE_LOSS
+    assert jobs.line.of(Saved) == []
+
+
+def test_a_held_out_row_that_had_fitted_goes_on_in_a_fresh_process(jobs: Jobs) -> None:
+    wanted: dict[str, Any] = {
+        "training": {"eval_strategy": "steps", "eval_steps": 2, "batch_size": 1, "max_steps": 6},
+        "eval_fraction": 0.1,
+    }
+    untouched = jobs.run("untouched", **wanted)
+    with device() as small:
+        small.training_only = False
+        rows = untouched.of(Ready)[0].eval_rows
+        before = 2 * rows + 4 * 2 + 2 * rows  # evaluations at 0 and 2, and four steps, of two layers each
+        small.once_in = {before + 1, before + 2}
+        left = jobs.run("job", **wanted)
+    assert left.last == Left("fresh_process", 4)
+    again = jobs.run("job", attempt=2, **wanted)
+    assert curve(left, again) == curve(untouched)
+    assert again.last.weights_hash == untouched.last.weights_hash

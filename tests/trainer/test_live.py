@@ -1,5 +1,7 @@
 """Parameters that change while a job trains."""
 
+from typing import Any
+
 import pytest
 
 from protocol.worker import (
@@ -123,6 +125,55 @@ def test_what_was_set_after_the_checkpoint_is_replayed_at_its_step(jobs: Jobs) -
         "lost", attempt=2, training=training, parameters=faster, applied=[(told.step, told.parameters)]
     )
     assert again.of(Ready)[0].start_step == 3
-    assert again.of(ParametersSet) == [told]
+    (put_back,) = again.of(ParametersSet)
+    assert (put_back.step, put_back.parameters, put_back.replayed) == (told.step, told.parameters, True)
     assert curve(lost, again) == curve(untouched)
     assert again.last.weights_hash == untouched.last.weights_hash
+
+
+def replayed(jobs: Jobs, name: str, applied: list[tuple[int, Parameters]], **changes: Any) -> Any:
+    """Run a job's second attempt after its first was lost; return what it says."""
+    return jobs.run(name, attempt=2, applied=applied, **changes)
+
+
+def told(line: Any) -> list[tuple[int, Parameters]]:
+    return [(event.step, event.parameters) for event in line.of(ParametersSet)]
+
+
+def test_changes_of_one_step_are_replayed_in_their_order(jobs: Jobs) -> None:
+    orders = [SetParameters(Parameters(learning_rate=rate)) for rate in (2e-2, 3e-2, 2e-2)]
+    untouched = jobs.run("untouched", {4: orders}, training={"save_steps": 3})
+    jobs.run("lost", {4: orders, 5: [Cancel()]}, training={"save_steps": 3})
+    again = replayed(
+        jobs, "lost", told(untouched), parameters=Parameters(learning_rate=2e-2), training={"save_steps": 3}
+    )
+    assert told(again) == told(untouched)
+    assert all(event.replayed for event in again.of(ParametersSet))
+    assert again.last.weights_hash == untouched.last.weights_hash
+
+
+def test_an_old_wish_does_not_come_after_a_new_one(jobs: Jobs) -> None:
+    old = [(6, Parameters(learning_rate=9e-2, save_steps=4))]
+    jobs.run("lost", {3: [Cancel()]}, training={"save_steps": 3})
+    again = replayed(
+        jobs, "lost", old, parameters=Parameters(learning_rate=1e-3, save_steps=4), training={"save_steps": 3}
+    )
+    assert told(again) == [(4, Parameters(learning_rate=1e-3)), (6, Parameters(save_steps=4))]
+
+
+def test_what_a_resume_itself_had_set_is_replayed_too(jobs: Jobs) -> None:
+    training = {"save_steps": 3}
+    jobs.run("job", {2: [Pause()]}, training=training)
+    untouched = jobs.run("job", attempt=2, parameters=Parameters(learning_rate=3e-2), training=training)
+    jobs.run("lost", {2: [Pause()]}, training=training)
+    jobs.run("lost", {4: [Cancel()]}, attempt=2, parameters=Parameters(learning_rate=3e-2), training=training)
+    # The checkpoint is the one of the pause: what the second attempt set at its start is not in it.
+    third = jobs.run(
+        "lost",
+        attempt=3,
+        parameters=Parameters(learning_rate=3e-2),
+        applied=told(untouched),
+        training=training,
+    )
+    assert third.of(Ready)[0].start_step == 3
+    assert third.last.weights_hash == untouched.last.weights_hash

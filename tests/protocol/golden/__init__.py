@@ -251,6 +251,9 @@ EVENTS: dict[str, AnyEvent] = {
 GROWN_EVENTS: dict[str, AnyEvent] = {
     "Saved.2": msgspec.structs.replace(EVENTS["Saved"], stall=0.25),
     "Left.2": worker.Left("disk_full", 41, 300 << 20),
+    "ParametersSet.2": worker.ParametersSet(
+        41, Parameters(batch_size=2, gradient_accumulation_steps=2, step_rows=3), "", True
+    ),
 }
 
 
