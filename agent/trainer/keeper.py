@@ -1,15 +1,18 @@
 """The writing of one job's checkpoints: beside training or in its way, with room made and refusals told."""
 
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from agent.trainer.checkpoint import Checkpoints, FileRecord, Found, Manifest
 from agent.trainer.disk import MB, NoRoom, free_bytes, has_room, need_room, refusals_told
 from agent.trainer.errors import TrainerError
+from agent.trainer.healing import is_out_of_memory, reason_of, words_of
 from agent.trainer.inbox import Speaker
 from agent.trainer.snapshot import Content, Copying, HostBuffer, Writer, fits_host_memory, ready_now
 from protocol.worker import Limits, Note, Saved
@@ -80,10 +83,14 @@ class Keeper:
 
         def work() -> None:
             try:
-                held = dataclasses.replace(save, content=self._buffer.hold(save.content, ready))
+                held = self._held(save, ready)
+                if held is None:
+                    # From training's own tensors, so the optimizer waits until they are written.
+                    self._write(save, None)
             finally:
                 copying.done()
-            self._write(held, copying)
+            if held is not None:
+                self._write(held, copying)
 
         self._copying = copying
         self._writer.start(work)
@@ -116,6 +123,10 @@ class Keeper:
         lacking = self._buffer.lacks(content)
         if not lacking or fits_host_memory(lacking):
             return True
+        self._say_small_memory(lacking)
+        return False
+
+    def _say_small_memory(self, lacking: int) -> None:
         if not self._said_small_memory:
             self._said_small_memory = True
             self._note(
@@ -123,9 +134,22 @@ class Keeper:
                 f"Checkpoints are written while training waits: a copy of {lacking / MB:.0f} MB does not fit into "
                 "this machine's memory beside everything else.",
             )
-        return False
 
     # In whichever thread writes
+
+    def _held(self, save: Save, ready: Any) -> Save | None:
+        """Return the save with a copy of its tensors; None where there is no memory for one, though it seemed so."""
+        lacking = self._buffer.lacks(save.content)
+        try:
+            return dataclasses.replace(save, content=self._buffer.hold(save.content, ready))
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("no memory for a copy of %s: %s", save.what, words_of(error))
+        if ready is not None:
+            ready.synchronize()
+        self._say_small_memory(lacking)
+        return None
 
     def _write(self, save: Save, copying: Copying | None) -> None:
         """Write a checkpoint, delete those beyond the limit, and say Saved; without a copy, training waits for it."""
@@ -173,7 +197,8 @@ class Keeper:
         store = self.store
         if self._made is None:
             # Here, so that no step waits for it: a large vocabulary takes its time.
-            self._made = self._static()
+            with _memory_told(save.what):
+                self._made = self._static()
         content = Content(save.content.tensors, {**self._made, **save.content.files})
 
         def fill(folder: Path) -> Mapping[str, FileRecord]:
@@ -182,7 +207,7 @@ class Keeper:
         again = False
         while True:
             try:
-                with refusals_told(store.folder, save.what, content.size):
+                with refusals_told(store.folder, save.what, content.size), _memory_told(save.what):
                     if store.restore():
                         self._note(
                             "warning",
@@ -202,3 +227,18 @@ class Keeper:
 
     def _note(self, level: str, text: str) -> None:
         self._line.say(Note(level, text))
+
+
+@contextlib.contextmanager
+def _memory_told(what: str) -> Iterator[None]:
+    """Turn a lack of memory into a sentence: training must not take it for one of its own, which it would heal."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainerError(
+            reason_of(error),
+            f"{what[0].upper()}{what[1:]} could not be written: memory ran out ({words_of(error)}). "
+            "Earlier checkpoints are kept.",
+        ) from error

@@ -107,8 +107,12 @@ def resident_now() -> int:
 
 
 def total_host() -> int:
-    """Return the bytes of memory that the machine has."""
-    return int(psutil.virtual_memory().total)
+    """Return the bytes of memory that the machine has, or that its control groups let this process have of them."""
+    total = int(psutil.virtual_memory().total)
+    for group in _groups():
+        with suppress(OSError, ValueError):
+            total = min(total, int((group / "memory.max").read_text()))
+    return total
 
 
 def most_resident() -> int:

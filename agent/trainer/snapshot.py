@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from agent.trainer import planes, tensorfile
+from agent.trainer import meter, planes, tensorfile
 from agent.trainer.checkpoint import FileRecord
 from agent.trainer.tensorfile import PLAIN, PLANES, Sink
 
@@ -27,7 +26,7 @@ _ALIGN = 64
 _MARGIN = 512 << 20
 """Host memory that a snapshot leaves free at least, in bytes."""
 _SHARE = 0.1
-"""And of the machine's memory."""
+"""And of the memory that there is in all."""
 
 
 @dataclass
@@ -155,8 +154,7 @@ class Copying:
 
 def fits_host_memory(needed: int) -> bool:
     """Tell whether so many bytes can be taken with a margin to spare."""
-    memory = psutil.virtual_memory()
-    return bool(memory.available - needed > max(_MARGIN, _SHARE * memory.total))
+    return meter.free_host() - needed > max(_MARGIN, _SHARE * meter.total_host())
 
 
 class Abandoned(Exception):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from agent.trainer import contents, disk, keeper, run, saving
+from agent.trainer import contents, disk, keeper, run, saving, snapshot
 from agent.trainer.checkpoint import MANIFEST, Checkpoints, verify
 from agent.trainer.errors import TrainerError
 from agent.trainer.model import old_name_allowed
@@ -143,6 +143,25 @@ def test_saves_are_made_at_once_where_there_is_no_room_for_a_copy(
     assert all(saved.stall == saved.seconds for saved in line.of(Saved))
     told = [text for text in notes(line) if "does not fit into this machine's memory" in text]
     assert len(told) == (why == "memory")
+
+
+def test_memory_that_is_not_to_be_had_after_all_is_not_the_optimizers_lack(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: dict[str, Any] = {"lora": LORA, "training": {"save_steps": 2}}
+    untouched = jobs.run("untouched", **wanted)
+
+    def refused(size: int) -> torch.Tensor:
+        raise RuntimeError(f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {size} bytes.")
+
+    monkeypatch.setattr(snapshot, "_fresh", refused)
+    line = jobs.run("job", **wanted)
+    assert line.last.weights_hash == untouched.last.weights_hash
+    for step in (4, 6):
+        one, other = (verify(jobs.checkpoints(name) / f"step-{step}") for name in ("job", "untouched"))
+        weights = [name for name in one.manifest.files if name.endswith(".safetensors")]
+        assert weights and all(one.manifest.files[name] == other.manifest.files[name] for name in weights)
+    assert len([text for text in notes(line) if "does not fit into this machine's memory" in text]) == 1
 
 
 def test_a_bug_in_the_writing_thread_ends_the_job(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +304,17 @@ def test_a_disk_that_is_full_before_the_start_is_said_before_the_first_step(
     assert isinstance(line.last, Left) and (line.last.why, line.last.step) == ("disk_full", 0)
     assert not line.of(Ready)
     assert "no room for a checkpoint of this job" in notes(line)[0]
+
+
+def test_on_a_short_disk_a_resume_leaves_the_best(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = {**WORSE, "save_steps": 1, "save_total_limit": 12}
+    paused = jobs.run("job", {7: [Pause()]}, training=training, eval_fraction=0.25)
+    best = verify(jobs.checkpoints() / f"step-{paused.last.step}").manifest.best_step
+    assert 0 < best < paused.last.step - 1
+    monkeypatch.setattr(disk, "SLACK", 1 << 60)
+    again = jobs.run("job", attempt=2, training=training, eval_fraction=0.25)
+    assert again.last.why == "disk_full"
+    assert steps(jobs) == [best, paused.last.step]
 
 
 def test_a_disk_too_small_for_all_that_is_kept_is_said_at_the_start(

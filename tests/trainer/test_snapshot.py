@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from agent.trainer import snapshot
+from agent.trainer import meter
 from agent.trainer.checkpoint import FileRecord
 from agent.trainer.snapshot import Content, HostBuffer, Writer, fits_host_memory
 from agent.trainer.tensorfile import read
@@ -46,10 +46,20 @@ def test_the_memory_is_kept_for_the_next_one() -> None:
     assert torch.equal(buffer.hold(live).tensors["model"]["more"], torch.zeros(1000))
 
 
-def test_memory_is_left_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    available = snapshot.psutil.virtual_memory().available
+def test_memory_is_left_for_others() -> None:
     assert fits_host_memory(1)
-    assert not fits_host_memory(available - 1)
+    assert not fits_host_memory(meter.free_host() - 1)
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mb = 1 << 20
+    (tmp_path / "memory.max").write_text(f"{1000 * mb}\n")
+    (tmp_path / "memory.current").write_text(f"{300 * mb}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {100 * mb}\n")
+    monkeypatch.setattr(meter, "_groups", lambda: iter([tmp_path]))
+    assert (meter.free_host(), meter.total_host()) == (800 * mb, 1000 * mb)
+    assert fits_host_memory(200 * mb)
+    assert not fits_host_memory(300 * mb)
 
 
 @pytest.mark.parametrize("compress", [False, True])
