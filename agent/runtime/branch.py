@@ -5,10 +5,13 @@ It is linked, not copied: it costs no disk, and stays when the other job deletes
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import msgspec
 
 from agent.runtime.workspace import WorkspaceError, checkpoints_of, resolve_under
 from protocol.failures import FailureReason
@@ -20,6 +23,12 @@ if sys.platform != "win32":
 FOLDER = "branched-from"
 """In the job's checkpoints folder: never listed, counted or deleted with its own checkpoints."""
 _MANIFEST = "manifest.json"
+_STAGING = ".staging-"
+_OWN_NAME = re.compile(r"step-[0-9]+")
+
+
+class _Manifest(msgspec.Struct, frozen=True):
+    step: int
 
 
 class NoCheckpoint(WorkspaceError):
@@ -39,7 +48,7 @@ def take(wanted: BranchSpec, checkpoints_dir: Path, job_id: str) -> Path:
     if kept:
         return kept[0]
     source = _choose(wanted, checkpoints_dir)
-    staging = place / f".staging-{source.name}"
+    staging = place / f"{_STAGING}{source.name}"
     shutil.rmtree(staging, ignore_errors=True)
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
@@ -50,7 +59,8 @@ def take(wanted: BranchSpec, checkpoints_dir: Path, job_id: str) -> Path:
             f"The checkpoint {source.name} of the job {wanted.job_id} was deleted in this very moment. "
             "Branch from another one, and pin it first."
         ) from None
-    target = place / source.name
+    # One that was put aside has another name; under this one the next start finds it.
+    target = place / (source.name if _OWN_NAME.fullmatch(source.name) else f"step-{_step(staging)}")
     staging.replace(target)
     return target
 
@@ -76,6 +86,18 @@ def _choose(wanted: BranchSpec, checkpoints_dir: Path) -> Path:
             f'"{wanted.checkpoint}" of the job {wanted.job_id} is no checkpoint; it has {names}.'
         )
     return path
+
+
+def _step(checkpoint: Path) -> int:
+    try:
+        return msgspec.json.decode((checkpoint / _MANIFEST).read_bytes(), type=_Manifest).step
+    except msgspec.DecodeError as error:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        name = checkpoint.name.removeprefix(_STAGING)
+        raise NoCheckpoint(
+            f"The checkpoint {name} cannot be branched from: its manifest cannot be read ({error}). "
+            "Branch from another one."
+        ) from error
 
 
 @contextlib.contextmanager

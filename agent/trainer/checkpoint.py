@@ -5,6 +5,7 @@ moment leaves the older ones untouched, and what was finished but not yet rename
 """
 
 import contextlib
+import itertools
 import shutil
 import sys
 import time
@@ -153,10 +154,10 @@ class Checkpoints:
         with _alone(path) as alone:
             if alone and not pin.exists():
                 return
-        aside = self.folder / f"{ASIDE}{path.name}-attempt-{_attempt(path)}"
-        if not aside.exists():
-            path.rename(aside)
-            pin.unlink(missing_ok=True)
+        name = f"{ASIDE}{path.name}-attempt-{_attempt(path)}"
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        path.rename(next(aside for one in names if not (aside := self.folder / one).exists()))
+        pin.unlink(missing_ok=True)
 
     def restore(self) -> bool:
         """Make the folder again if it has vanished; return whether it had."""
@@ -299,14 +300,13 @@ def verify(path: Path, job_id: str = "") -> Found:
         file = path / name
         try:
             size = file.stat().st_size
+            if size != record.size:
+                raise BadCheckpoint(f"its file {name} has {size} bytes where {record.size} were saved")
+            digest = _record(file).xxh3_128
         except FileNotFoundError:
             raise BadCheckpoint(f"its file {name} is missing") from None
-        if size != record.size:
-            raise BadCheckpoint(f"its file {name} has {size} bytes where {record.size} were saved")
-        try:
-            digest = _record(file).xxh3_128
         except OSError as error:
-            raise BadCheckpoint(f"its file {name} cannot be read ({error.strerror})") from error
+            raise BadCheckpoint(f"its file {name} cannot be read ({error.strerror or error})") from error
         if digest != record.xxh3_128:
             raise BadCheckpoint(f"the contents of its file {name} are not what was saved")
     return Found(path, manifest, sum(record.size for record in manifest.files.values()))

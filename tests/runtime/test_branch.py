@@ -48,6 +48,23 @@ def test_it_stays_when_the_other_job_is_deleted(parent: Path) -> None:
     assert (path / "model.safetensors").read_bytes() == b"weights" * 10
 
 
+def test_one_that_was_put_aside_is_found_again_at_the_next_start(parent: Path) -> None:
+    (parent / "run-1" / "step-10").rename(parent / "run-1" / "kept-step-10-attempt-1")
+    wanted = BranchSpec(job_id="run-1", checkpoint="kept-step-10-attempt-1")
+    path = take(wanted, parent, "run-2")
+    assert path == parent / "run-2" / FOLDER / "step-10"
+    shutil.rmtree(parent / "run-1")
+    assert take(wanted, parent, "run-2") == path
+
+
+def test_one_that_was_put_aside_and_does_not_say_its_step_is_refused(parent: Path) -> None:
+    aside = (parent / "run-1" / "step-10").rename(parent / "run-1" / "kept-step-10-attempt-1")
+    (aside / "manifest.json").write_text("{")
+    with pytest.raises(WorkspaceError, match="kept-step-10-attempt-1 cannot be branched from: its manifest"):
+        take(BranchSpec(job_id="run-1", checkpoint=aside.name), parent, "run-2")
+    assert not list((parent / "run-2" / FOLDER).iterdir())
+
+
 def test_what_a_kill_left_is_made_anew(parent: Path) -> None:
     half = parent / "run-2" / FOLDER / ".staging-step-30"
     half.mkdir(parents=True)

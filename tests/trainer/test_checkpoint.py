@@ -62,6 +62,11 @@ def test_there_may_be_none(store: Checkpoints) -> None:
         (lambda path: (path / "part/optimizer.pt").unlink(), "its file part/optimizer.pt is missing"),
         (lambda path: (path / "model.safetensors").write_bytes(b"short"), "has 5 bytes where 700 were saved"),
         (lambda path: flip(path / "model.safetensors"), "the contents of its file model.safetensors"),
+        (
+            lambda path: loop(path / "model.safetensors"),
+            "its file model.safetensors cannot be read (Too many levels",
+        ),
+        (lambda path: cover(path / "part"), "its file part/optimizer.pt cannot be read (Not a directory"),
         (lambda path: (path / MANIFEST).unlink(), "its save was never finished"),
         (lambda path: flip(path / MANIFEST), "its manifest"),
         (lambda path: swap(path / MANIFEST, '"step": 9', '"step": 8'), "its manifest is not what was saved"),
@@ -75,6 +80,30 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(damage, why, store
     (sentence,) = passed
     assert sentence.startswith("Checkpoint step-9 was passed over: ")
     assert why in sentence
+
+
+def loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def cover(path: Path) -> None:
+    shutil.rmtree(path)
+    path.touch()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file of /proc that opens and cannot be read")
+def test_a_disk_that_cannot_read_a_file_makes_it_no_checkpoint(store: Checkpoints) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "state").touch()
+
+    older = save(store, 5)
+    newer = store.save(make_manifest("job", 6, 0.6, 1, "schedule"), fill)
+    (newer.path / "state").unlink()
+    (newer.path / "state").symlink_to("/proc/self/mem")
+    found, (sentence,) = store.newest_good()
+    assert found == older
+    assert "its file state cannot be read (Input/output error)" in sentence
 
 
 def flip(path: Path) -> None:
@@ -211,6 +240,16 @@ def test_one_that_must_stay_gets_another_name_when_its_step_comes_again(store: C
     store.retain(0)
     assert steps(store) == []
     assert len(list(store.folder.glob("kept-*"))) == 2
+
+
+def test_each_that_must_stay_gets_a_name_of_its_own(store: Checkpoints) -> None:
+    kept = []
+    for content in (b"one", b"two", b"three"):
+        kept.append(save(store, 4, content=content))
+        workspace.pin(store.folder, "step-4")
+    save(store, 4)
+    names = ["kept-step-4-attempt-1", "kept-step-4-attempt-1-2", "kept-step-4-attempt-1-3"]
+    assert [verify(store.folder / name).manifest for name in names] == [one.manifest for one in kept]
 
 
 def test_one_that_this_process_reads_stays_too(store: Checkpoints) -> None:
