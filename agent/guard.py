@@ -139,13 +139,18 @@ class Guard:
             if self._ticks % DISK_TICKS:
                 return
             free = await anyio.to_thread.run_sync(self._witness.disk_free)
+            free_for_data = await anyio.to_thread.run_sync(self._witness.data_free)
         else:
             await self._witness.look()
-            free = self._witness.newest.available
+            free = free_for_data = self._witness.newest.available
         for job in waiting:
             if job.held_for != cause or not job.room:
                 continue
-            enough = self._enough[job.job_id] = self._enough.get(job.job_id, 0) + 1 if free >= job.room else 0
+            # So much is waited for only where the data set itself was to be fetched (`JobDesk.not_started`).
+            there = free_for_data if job.room == job.dataset_size else free
+            enough = self._enough[job.job_id] = (
+                self._enough.get(job.job_id, 0) + 1 if there >= job.room else 0
+            )
             # Memory comes and goes from one second to the next; and what was full may be a quota that nobody tells of.
             lately = self.now() - self._let_go.get(job.job_id, -AGAIN) < AGAIN
             if not lately and enough >= (1 if cause == "disk" else 3):

@@ -43,13 +43,8 @@ class Witness:
         self._redactor = redactor
         self._share_logs = settings.share_logs
         self._logs = settings.logs_dir
-        self._disks = (
-            settings.checkpoints_dir,
-            settings.models_dir,
-            settings.agent_home,
-            settings.datasets_dir,
-            settings.logs_dir,
-        )
+        self._disks = (settings.checkpoints_dir, settings.models_dir)
+        self._data = settings.datasets_dir
         self._reserve = settings.host_memory_reserve_mb << 20
         self._fraction = settings.gpu_memory_fraction
         self._memory = memory
@@ -125,8 +120,12 @@ class Witness:
         )
 
     def disk_free(self) -> int:
-        """Return the free bytes of the fullest disk that a job writes to."""
+        """Return the free bytes where checkpoints and models are written: of two disks, the fuller one's."""
         return devices.free_disk(self._disks)
+
+    def data_free(self) -> int:
+        """Return the free bytes where data sets are fetched to."""
+        return devices.free_disk((self._data,))
 
     @property
     def where(self) -> str:

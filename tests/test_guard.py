@@ -118,6 +118,31 @@ def test_jobs_that_wait_for_a_disk_go_on_one_at_a_time_and_one_for_good_does_not
     )
 
 
+def test_a_disk_that_takes_no_checkpoints_keeps_no_job_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Home, logs and data lie on a small disk."""
+    big = tmp_path / "big"
+    big.mkdir()
+
+    def usage(path: str) -> SimpleNamespace:
+        return SimpleNamespace(total=9 * GB, free=8 * GB if Path(path).is_relative_to(big) else GB)
+
+    monkeypatch.setattr("psutil.disk_usage", usage)
+
+    async def test(desk: JobDesk) -> None:
+        places = {"CHECKPOINTS_DIR": str(big / "checkpoints"), "MODELS_DIR": str(big / "models")}
+        machine = Machine(desk, tmp_path, **places)
+        assert (await machine.guard.seen("j", 1)).disk_free == 8 * GB
+        assert machine.witness.where == f"{big / 'checkpoints'} and {big / 'models'}"
+        await machine.ticks(9)
+        states = {name: desk.job(name).state for name in ("j", "more", "data")}
+        assert states == {"j": S.QUEUED, "more": S.PAUSED, "data": S.PAUSED}
+
+    data = msgspec.structs.replace(waiting("disk", 2 * GB, "data"), dataset_size=2 * GB)
+    run(test, tmp_path, data, waiting("disk", 9 * GB, "more"), waiting("disk", 2 * GB))
+
+
 def test_a_quota_that_nobody_tells_of_makes_no_job_go_on_every_moment(tmp_path: Path) -> None:
     async def test(desk: JobDesk) -> None:
         machine = Machine(desk, tmp_path)
