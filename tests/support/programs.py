@@ -126,7 +126,15 @@ class Hub:
             wait_until(there, "", within)
         except AssertionError as error:
             raise AssertionError(f"{error}; wanted {states}, the job stands at {seen}") from None
+        if seen["state"] == "completed" and "completed" in states:
+            # A state goes ahead of the points before it.
+            last = int(seen["current_step"] or 0)
+            wait_until(lambda: self._has_point(job_id, last), f"the point of step {last}", 20)
         return seen
+
+    def _has_point(self, job_id: str, step: int) -> bool:
+        points = self.metrics(job_id)
+        return step == 0 or (bool(points) and points[-1]["step"] >= step)
 
     def wait_step(self, job_id: str, step: int, within: float = PATIENCE) -> None:
         def there() -> bool:
