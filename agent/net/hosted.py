@@ -11,24 +11,14 @@ from typing import Any
 import msgspec
 
 from agent.core.job import Job
+from protocol import rest
 from protocol.codec import number
 from protocol.lifecycle import TERMINAL, JobState, Want
 from protocol.records import Checkpoint, JobFacts, JobStatus, LogChunk, Point, Result
 from protocol.rest import PlatformStatus
 
-STATUS: dict[JobState, PlatformStatus] = {
-    # A claimed job is `running` there, and one that waits for another attempt after a lost worker is no failure.
-    JobState.QUEUED: "running",
-    JobState.PREPARING: "running",
-    JobState.RUNNING: "running",
-    JobState.PAUSING: "running",
-    JobState.PAUSED: "paused",
-    JobState.CANCELLING: "running",
-    JobState.FINISHING: "running",
-    JobState.COMPLETED: "completed",
-    JobState.FAILED: "failed",
-    JobState.CANCELLED: "cancelled",
-}
+# A claimed job is `running` there, and one that waits for another attempt after a lost worker is no failure.
+STATUS: dict[JobState, PlatformStatus] = {**rest.STATUS, JobState.QUEUED: "running"}
 """What `PATCH .../status` is told: the only words that it takes."""
 
 COLUMNS = (
