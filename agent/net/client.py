@@ -2,9 +2,11 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from http.client import responses
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import anyio
 import msgspec
 
 from agent.net.retry import LOOPBACK, RETRY_AFTER_MOST
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
 CONNECT_WITHIN = 10.0
 ANSWER_WITHIN = 30.0
 """Seconds for an answer; the platform's own limit for a write is 25."""
+IN_ALL = 10
+"""Times that for the whole exchange: a line that lets a byte through now and then must not hold it for ever."""
+ANSWER_MOST = 32 << 20
+"""Bytes of an answer. The largest that is asked for is a page of a log."""
 JSON = "application/json"
 MSGPACK = "application/msgpack"
 
@@ -47,11 +53,18 @@ class Unclear(RestError):
 class Said(RestError):
     """The server says no, with a status below 500."""
 
-    def __init__(self, status: int, error: str, body: Mapping[str, Any]) -> None:
+    def __init__(self, status: int, error: str, body: Mapping[str, Any], *, own: bool = False) -> None:
         super().__init__(f"HTTP {status}: {error}")
         self.status = status
         self.error = error
         self.body = body
+        self.own = own
+        """The backend's own sentence, and not the page of a proxy or of a host where it is not at the moment."""
+
+    @property
+    def gone(self) -> bool:
+        """Whether the backend says that what was asked for is not there any more: not to be asked again."""
+        return self.own and self.status in (404, 410)
 
 
 class RestClient:
@@ -122,34 +135,53 @@ class RestClient:
             sent["Content-Type"] = JSON
         elif method != "GET":
             data = b""
+        url, what = self.base + path, f"{method} {path}"
         try:
-            answer = await self._client.request(method, self.base + path, content=data, headers=sent)
+            with anyio.fail_after(IN_ALL * self._within):
+                async with self._client.stream(method, url, content=data, headers=sent) as answer:
+                    return _read(answer, await _whole(answer, what), what)
+        except (httpx.InvalidURL, UnicodeEncodeError) as error:
+            # An id or a token that fits no request: a fault of whoever made it, and of no other job.
+            raise Unreached(f"{what} cannot be asked: {_said(error)}") from None
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise Unreached(f"{self.base} cannot be reached: {_said(error)}") from None
-        except httpx.HTTPError as error:
-            late = isinstance(error, httpx.TimeoutException)
-            raise Unclear(f"{method} {path} got no answer: {_said(error)}", late=late) from None
-        return _read(answer, f"{method} {path}")
+        except (httpx.HTTPError, TimeoutError) as error:
+            late = isinstance(error, httpx.TimeoutException | TimeoutError)
+            raise Unclear(f"{what} got no answer: {_said(error)}", late=late) from None
 
 
 def _said(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _read(answer: "httpx.Response", what: str) -> dict[str, Any]:
+async def _whole(answer: "httpx.Response", what: str) -> bytes:
+    """Return the body. Raises Unclear before more than `ANSWER_MOST` bytes of it are held."""
+    parts, size = list[bytes](), 0
+    async for part in answer.aiter_bytes():
+        size += len(part)
+        if size > ANSWER_MOST:
+            raise Unclear(f"{what}: the answer is larger than {ANSWER_MOST} bytes", answer.status_code)
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _read(answer: "httpx.Response", content: bytes, what: str) -> dict[str, Any]:
     status = answer.status_code
     try:
-        body = msgspec.json.decode(answer.content)
+        body = msgspec.json.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         body = None
-    error = str(body.get("error") or "") if isinstance(body, dict) else ""
+    said = body.get("error") if isinstance(body, dict) else None
+    error = str(said or "")
     if status == 429:
         # Counted before anything is done. The platform names no time; its window is a minute.
         raise Unreached(f"{what}: too many requests", _seconds(answer.headers.get("Retry-After", ""), 60.0))
     if status >= 500:
         raise Unclear(f"{what}: HTTP {status} {error}".rstrip(), status, late=status == 504)
     if status >= 300:
-        raise Said(status, error or answer.reason_phrase, body if isinstance(body, dict) else {})
+        # "Not Found" and nothing else is what a framework says of any path that it does not know.
+        own = isinstance(said, str) and said not in ("", responses.get(status))
+        raise Said(status, error or answer.reason_phrase, body if isinstance(body, dict) else {}, own=own)
     if not isinstance(body, dict):
         # A proxy wrote it: a page to log in to the network, say.
         raise Unclear(f"{what}: the answer is no JSON object", status)

@@ -95,7 +95,7 @@ class HubDrain(Drain):
                     # It has lost what it had acknowledged, and here it is deleted.
                     return await self._bury(key, token, have + 1, lo - 1, "trimmed")
                 return await self._acked(key, have, 0)
-            if said.status in (404, 410):
+            if said.gone:
                 logger.warning("the backend takes no more of {}: {}", key.scope, said)
                 await self.uplink.dropped(key, str(said))
                 return hi

@@ -1,10 +1,11 @@
 """Our hub by REST: the socket's records under the same numbers, whatever happens on the way."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
-from typing import Any
+from typing import Any, ClassVar
 
 import anyio
 import httpx
@@ -104,24 +105,26 @@ def test_a_job_that_another_agent_holds_takes_nothing_of_this_one(hub: HubProces
         assert client.post(job_path(store.job_id, "logs"), json={"logs": []}, headers=mine).status_code == 200
 
 
-class _Narrow(BaseHTTPRequestHandler):
-    """A proxy that lets no body of more than 900 bytes pass."""
+class _Front(BaseHTTPRequestHandler):
+    """A proxy before the hub; ``refuse`` returns the status and body that it answers itself, or None."""
 
     target = ""
+    refuse: ClassVar[Callable[[str, str, bytes], tuple[int, bytes] | None]]
+    passed: ClassVar[list[tuple[str, str]]]
+    """Method and path of what came through to the hub."""
 
     def do_PUT(self) -> None:  # the library's name
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        if len(body) > 900:
-            self.send_response(413)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        kept = {name: value for name, value in self.headers.items() if name.lower() != "host"}
-        answer = httpx.request(self.command, self.target + self.path, content=body, headers=kept)
-        self.send_response(answer.status_code)
-        self.send_header("Content-Length", str(len(answer.content)))
+        answer = type(self).refuse(self.command, self.path, body)
+        if answer is None:
+            self.passed.append((self.command, self.path))
+            kept = {name: value for name, value in self.headers.items() if name.lower() != "host"}
+            said = httpx.request(self.command, self.target + self.path, content=body, headers=kept)
+            answer = said.status_code, said.content
+        self.send_response(answer[0])
+        self.send_header("Content-Length", str(len(answer[1])))
         self.end_headers()
-        self.wfile.write(answer.content)
+        self.wfile.write(answer[1])
 
     do_PATCH = do_POST = do_PUT  # noqa: N815 - the library's names
 
@@ -129,22 +132,55 @@ class _Narrow(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_proxy_that_takes_little_is_given_little(hub: HubProcess) -> None:
-    _Narrow.target = hub.url
-    with hub.client() as client, ThreadingHTTPServer(("127.0.0.1", 0), _Narrow) as server:
-        thread = Thread(target=server.serve_forever, daemon=True)
+@contextmanager
+def front(
+    hub: HubProcess, refuse: Callable[[str, str, bytes], tuple[int, bytes] | None]
+) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Yield a proxy's address, and what came through it so far."""
+    handler = type("_Handler", (_Front,), {"target": hub.url, "refuse": staticmethod(refuse), "passed": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", handler.passed  # type: ignore[attr-defined]
+        server.shutdown()
+        thread.join()
+
+
+def test_a_proxy_that_takes_little_is_given_little(hub: HubProcess) -> None:
+    def narrow(method: str, path: str, body: bytes) -> tuple[int, bytes] | None:
+        return (413, b"") if len(body) > 900 else None
+
+    with hub.client() as client, front(hub, narrow) as (url, _):
         store = claimed(client)
         for step in range(1, 60):
             store.step(step)
         store.print("x" * 2000)
         store.print("short")
-        anyio.run(run, f"http://127.0.0.1:{server.server_port}", store)
-        server.shutdown()
-        thread.join()
+        anyio.run(run, url, store)
         assert steps(client, store) == list(range(1, 60))
         # One record alone is too large for the way: its place is marked, and what follows arrives.
         assert logs_of(client, store.job_id)["logs"][-1] == "short"
+
+
+def test_a_page_that_says_404_in_the_hubs_place_deletes_nothing(hub: HubProcess) -> None:
+    pages = [b"<html>404 Not Found</html>", b'{"error": "Not Found"}', b'{"error": {"code": "404"}}'] * 3
+
+    def deploying(method: str, path: str, body: bytes) -> tuple[int, bytes] | None:
+        return (404, pages.pop()) if pages else None
+
+    with hub.client() as client, front(hub, deploying) as (url, _):
+        store = claimed(client)
+        store.step(1)
+        store.print("one")
+        anyio.run(run, url, store)
+        assert not pages and not store.refused
+        assert steps(client, store) == [1] and logs_of(client, store.job_id)["logs"] == ["one"]
+        # The hub itself may say so.
+        gone = Kept("no-such-job")
+        gone.tokens["no-such-job"] = "t"
+        gone.status("running")
+        anyio.run(run, url, gone)
+        assert gone.refused
 
 
 @pytest.mark.parametrize("seed", range(3))

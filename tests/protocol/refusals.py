@@ -110,13 +110,14 @@ def close_codes_table() -> str:
 
 def _append(status: int) -> tuple[str, ...]:
     try:
-        client._read(httpx.Response(status, json={"error": "{error}"}), "{route}")
+        answer = httpx.Response(status, json={"error": "{error}"})
+        client._read(answer, answer.content, "{route}")
     except client.Unreached:
         return "yes, after `Retry-After` or a minute: nothing was done"
     except client.Unclear:
         return "yes, and it may have been done: the same range again, or read back first"
-    except client.Said:
-        if status in (404, 410):
+    except client.Said as said:
+        if said.gone:
             return "no: the job is gone, and what is held of the stream is dropped"
         if status == 409:
             return "from the `ack` of the answer on"
@@ -134,7 +135,8 @@ def appends_table() -> str:
 def _poll(status: int) -> tuple[str, ...]:
     stands = SimpleNamespace(_client=SimpleNamespace(base=URL), rules=Rules("poll", 0.0))
     try:
-        client._read(httpx.Response(status, json={"error": "{error}"}), "GET {route}")
+        answer = httpx.Response(status, json={"error": "{error}"})
+        client._read(answer, answer.content, "GET {route}")
     except client.RestError as error:
         try:
             Transport._not_polled(stands, error)  # type: ignore[arg-type]  # all that it looks at

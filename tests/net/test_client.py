@@ -1,0 +1,99 @@
+"""The REST client: whose word an answer is, and what it holds of one that is no answer."""
+
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import anyio
+import pytest
+
+from agent.net import client
+from agent.net.client import RestClient, RestError, Said, Unclear, Unreached
+
+PAGE = b"<html><head><title>404 Not Found</title></head><body><hr>nginx/1.24.0</body></html>"
+
+
+class _Canned(BaseHTTPRequestHandler):
+    """Answers with one status and body, whatever is asked."""
+
+    status = 200
+    body = b"{}"
+    endless = False
+
+    def do_GET(self) -> None:
+        self.send_response(self.status)
+        if not self.endless:
+            self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        try:
+            self.wfile.write(self.body)
+            while self.endless:
+                self.wfile.write(bytes(1 << 16))
+        except OSError:
+            pass  # whoever asked has heard enough
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    _Canned.status, _Canned.body, _Canned.endless = 200, b"{}", False
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Canned) as server:
+        thread = Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def ask(url: str, path: str = "/any", **more: str) -> RestError | None:
+    """Ask once and return what came of it."""
+
+    async def one() -> RestError | None:
+        rest = RestClient(url, key=lambda: "k", agent_id="agent_0123", user_agent="test", answer_within=5.0)
+        try:
+            await rest.call("GET", path, **more)
+        except RestError as error:
+            return error
+        finally:
+            await rest.close()
+        return None
+
+    return anyio.run(one)
+
+
+@pytest.mark.parametrize("status", [404, 410])
+@pytest.mark.parametrize(
+    ("body", "gone"),
+    [
+        (b'{"error": "Job not found"}', True),
+        (PAGE, False),
+        (b"The deployment could not be found on Vercel.\n\nDEPLOYMENT_NOT_FOUND", False),
+        (b'{"error": {"code": "404", "message": "The deployment could not be found"}}', False),
+        (b'{"error": "Not Found", "path": "/any"}', False),
+        (b'{"message": "no Route matched with those values"}', False),
+        (b'["error"]', False),
+        (b"", False),
+    ],
+)
+def test_only_the_backend_itself_says_that_a_job_is_gone(
+    url: str, status: int, body: bytes, gone: bool
+) -> None:
+    _Canned.status, _Canned.body = status, body.replace(b"Not Found", b"Gone") if status == 410 else body
+    said = ask(url)
+    assert isinstance(said, Said) and (said.status, said.gone) == (status, gone)
+
+
+def test_an_answer_without_an_end_is_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "ANSWER_MOST", 1 << 20)
+    _Canned.endless = True
+    error = ask(url)
+    # What was asked for may have been done all the same.
+    assert isinstance(error, Unclear) and "larger than 1048576 bytes" in str(error)
+
+
+@pytest.mark.parametrize(("path", "token"), [("/a\x00b", "t"), ("/any", "gêne")])
+def test_what_fits_no_request_ends_nothing(url: str, path: str, token: str) -> None:
+    error = ask(url, path, token=token)
+    assert isinstance(error, Unreached) and "cannot be asked" in str(error)
