@@ -10,6 +10,7 @@ from loguru import logger
 
 from agent.core.job import Job
 from agent.core.ports import Uplink
+from agent.errors import AgentError
 from agent.net.client import RestClient, RestError, Unreached
 from agent.net.retry import backoff
 from protocol.messages import Lane, Machine
@@ -59,6 +60,8 @@ class Drain(ABC):
 
     every: ClassVar[Mapping[int, float]] = {Lane.CONTROL: 0.0, Lane.METRICS: 1.0, Lane.LOGS: 3.0}
     """Seconds between two appends of a stream: a request costs as much for one record as for a thousand."""
+    in_order: ClassVar[bool] = False
+    """Whether a job's points and lines wait where its control lane cannot be sent: it names and begins them."""
 
     def __init__(
         self,
@@ -92,7 +95,7 @@ class Drain(ABC):
         self.wake()
 
     async def run(self) -> None:
-        """Send for ever. Raises what is neither the network's fault nor a job's."""
+        """Send for ever."""
         self._at.clear()
         self.in_doubt()
         while True:
@@ -103,7 +106,7 @@ class Drain(ABC):
 
     @abstractmethod
     def in_doubt(self) -> None:
-        """Nothing is known of what was on its way last. (The socket, or a crash, came between.)"""
+        """Nothing is known of what was on its way last. (The socket, a crash or a full disk came between.)"""
 
     @abstractmethod
     async def batch(self, key: Key) -> int:
@@ -131,7 +134,9 @@ class Drain(ABC):
             if self._at.get(key, -1) >= last or lane in held_up:
                 continue
             # Streams of one lane are those of the agent's starts, oldest first, and none overtakes another.
-            held_up.add(lane)
+            leads = self.in_order and key.lane == Lane.CONTROL and key.scope != ""
+            behind = {(key.scope, int(other)) for other in Lane} if leads else {lane}
+            held_up |= behind
             due = self._last.get(key, -1e9) + (0.0 if self._hurry else self.every[key.lane])
             until = self._aside[key][0] if key in self._aside else 0.0
             if max(due, until) > now:
@@ -139,7 +144,7 @@ class Drain(ABC):
                 continue
             try:
                 at = self._at[key] = await self.batch(key)
-            except RestError as error:
+            except Exception as error:  # noqa: BLE001 - the edge of a stream: what went wrong there ends there
                 wait = min(wait, self._set_aside(key, error))
                 continue
             self._aside.pop(key, None)
@@ -147,7 +152,7 @@ class Drain(ABC):
                 # From the top: a state that came meanwhile goes before the rest of a backlog.
                 return 0.0
             self._last[key] = self.clock()
-            held_up.discard(lane)
+            held_up -= behind
         return max(0.01, wait)
 
     async def _look(self) -> None:
@@ -156,15 +161,24 @@ class Drain(ABC):
                 continue
             try:
                 await self.look(job)
-            except RestError as error:
+            except Exception as error:  # noqa: BLE001 - the edge of a look, as of a stream
                 self._set_aside(job.job_id, error)
 
-    def _set_aside(self, what: Key | str, error: RestError) -> float:
+    def _set_aside(self, what: Key | str, error: Exception) -> float:
         """Leave a stream, or the looks at a job, alone for a while; the others are not to wait for it."""
         waits = self._aside[what][1] if what in self._aside else backoff(*self.aside)
         pause = next(waits)
         if isinstance(error, Unreached):
             pause += error.retry_after
-        logger.info("{}; sending again in {:.1f} s", error, pause)
+        if isinstance(error, RestError):
+            logger.info("{}; sending again in {:.1f} s", error, pause)
+        else:
+            # It may have been sent, and what is kept here does not say so.
+            self.in_doubt()
+            if isinstance(error, AgentError):
+                logger.warning("what was sent cannot be noted: {} Sending again in {:.1f} s.", error, pause)
+            else:
+                # A defect of ours, or an answer that nobody thought of: a running job must not end by it.
+                logger.opt(exception=error).error("{} failed; sending again in {:.1f} s", what, pause)
         self._aside[what] = (self.clock() + pause, waits)
         return pause

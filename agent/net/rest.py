@@ -38,6 +38,7 @@ class HubDrain(Drain):
     The agent's own stream has no job and so no token: it waits for the socket.
     """
 
+    in_order = True
     _most: dict[Key, int]
 
     def in_doubt(self) -> None:

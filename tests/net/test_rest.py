@@ -1,9 +1,13 @@
 """Our hub by REST: the socket's records under the same numbers, whatever happens on the way."""
 
+import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any, ClassVar
 
@@ -181,6 +185,55 @@ def test_a_page_that_says_404_in_the_hubs_place_deletes_nothing(hub: HubProcess)
         gone.status("running")
         anyio.run(run, url, gone)
         assert gone.refused
+
+
+@pytest.mark.parametrize("status", [403, 500, 404])
+def test_points_and_lines_wait_for_a_job_whose_states_are_refused_and_other_jobs_do_not(
+    hub: HubProcess, status: int
+) -> None:
+    with hub.client() as client:
+        store, other = claimed(client), claimed(client)
+        refused: list[str] = []
+
+        def refuse(method: str, path: str, body: bytes) -> tuple[int, bytes] | None:
+            # Until the other job is through, and a few times more.
+            if path.endswith(f"{store.job_id}/status") and (
+                len(steps(client, other)) < 3 or len(refused) < 6
+            ):
+                refused.append(path)
+                return status, b"not now"
+            return None
+
+        for one in (1, 2, 3):
+            for held in (store, other):
+                held.step(one)
+                held.print(f"line {one}")
+        both = Kept(store.job_id)
+        both.rows, both.at = store.rows | other.rows, store.at | other.at
+        both.held, both.tokens = store.held | other.held, store.tokens | other.tokens
+        with front(hub, refuse) as (url, passed):
+            anyio.run(run, url, both)
+        mine = [(method, path.rpartition("/")[2]) for method, path in passed if store.job_id in path]
+        looks = [("POST", "logs")]  # an empty append: what is wanted is asked at once
+        assert mine[:2] == [*looks, ("PATCH", "status")] and ("PUT", "metrics") in mine[2:]
+        assert steps(client, store) == steps(client, other) == [1, 2, 3]
+        assert len(refused) >= 6 and not both.refused
+
+
+@pytest.mark.parametrize("kind", ["hub", "platform"])
+def test_a_full_disk_ends_nothing_and_doubles_nothing(tmp_path: Path, kind: str) -> None:
+    script = [sys.executable, "-m", "tests.support.full_disk", str(tmp_path), kind]
+    try:
+        done = subprocess.run(["unshare", "-rm", *script], capture_output=True, text=True, timeout=120)
+    except FileNotFoundError:
+        pytest.skip("needs unshare, to make a small disk")
+    if "unshare failed" in done.stderr or "['mount'" in done.stderr:
+        pytest.skip("needs the right to mount in a namespace of its own")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["full"] >= 10, "a disk that was not full proves nothing"
+    assert told["steps"] == list(range(1, 41))
+    assert told["lines"] == [f"line {number}" for number in range(40)]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -123,7 +123,7 @@ def _append(status: int) -> tuple[str, ...]:
             return "from the `ack` of the answer on"
         if status == 413:
             return "by halves; one record alone becomes a tombstone (`oversize`)"
-        return "yes, after at most 30 s; the job's other streams wait, other jobs do not"
+        return "yes, after at most 30 s; the job's points and lines wait for its states, other jobs do not"
     return "stored: the `ack` of the answer counts"
 
 
