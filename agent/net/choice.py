@@ -23,6 +23,15 @@ WITHOUT_WELCOME = 30.0
 ABSENT_FIRST = 30.0
 ABSENT_MOST = 600.0
 """Seconds between dials of a backend that has no socket, at most: one day it may have."""
+OF_THE_KEY = ("Invalid API key", "Missing ")
+"""How a refusal begins that is about the key itself; so is one that names a scope. It ends the agent at once."""
+PASSING = ("Database error", "Authentication failed")
+"""What the platform says with 401 when it could not look at the key."""
+BROKE = "{} broke in a way that no network explains"
+"""What is caught at the edges of the REST side, as at the socket's: neither a defect of ours, nor a full disk, nor an
+answer that nobody foresaw may end the agent and its jobs."""
+REFUSALS, REFUSED_FOR = 5, 600.0
+"""Polls in a row, and seconds, for which any other refusal must last."""
 
 
 class Rules:
@@ -74,13 +83,47 @@ class Rules:
         return self._since + WITHOUT_WELCOME
 
 
-def key_refused(base: str, error: Said) -> None:
-    """Raise KeyRefused where that is what was said."""
-    if error.status in (401, 403):
-        raise KeyRefused(
-            f"{base} refused the API key ({error}). Make a key with the scope `training` on the platform's page and "
-            "set it as API_KEY."
-        )
+class Polls:
+    """What polls were answered so far, and which refusal is one for good. Facts in; no clock, no I/O.
+
+    The platform says 401 also where its own database gives no answer, and a host or a firewall says 403 and 404
+    while the backend is away. What would end the agent at its first poll must last, once polls were answered.
+    """
+
+    def __init__(self, base: str) -> None:
+        self.base = base
+        self.ever = False
+        """Whether one was answered: what stands there is a backend that can be polled."""
+        self._refusals = 0
+        self._since = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Polls {self.base} ever={self.ever} refusals={self._refusals} since={self._since:g}>"
+
+    def answered(self) -> None:
+        """A poll was answered as it should be."""
+        self.ever = True
+        self._refusals = 0
+
+    def failed(self, error: RestError, now: float, *, no_socket: bool) -> None:
+        """A poll was not. Raises Refused where polling again cannot help; ``no_socket``: nor is there another way."""
+        if not isinstance(error, Said) or error.status not in (401, 403):
+            self._refusals = 0
+            if isinstance(error, Said) and no_socket and not self.ever:
+                raise NotOurBackend(
+                    f"{self.base} has no route for agents that poll ({error}). Check BACKEND_URL: it must be the "
+                    "address of a FineTune Lab backend or of `training-agent hub`."
+                )
+            return
+        self._since = self._since if self._refusals else now
+        self._refusals += 1
+        lasts = self._refusals >= REFUSALS and now - self._since >= REFUSED_FOR
+        passes = self.ever or error.error in PASSING
+        if lasts or not passes or error.error.startswith(OF_THE_KEY) or "scope" in error.error:
+            raise KeyRefused(
+                f"{self.base} refused the API key ({error}). Make a key with the scope `training` on the platform's "
+                "page and set it as API_KEY."
+            )
 
 
 class Transport:
@@ -102,6 +145,7 @@ class Transport:
         self.poller = Poller(client, uplink, interval=poll_interval, clock=clock)
         self.hub = HubDrain(client, uplink, clock, poll_interval)
         self.platform = PlatformDrain(client, uplink, clock=clock, look_every=poll_interval)
+        self.polls = Polls(client.base)
         self.by_rest = False
         """Whether the REST side has the records now."""
         self._client = client
@@ -190,30 +234,45 @@ class Transport:
         if not isinstance(refused, NotOurBackend) and refused.status not in (401, 403):
             return False
         waits = backoff()
-        while True:
+        # What was polled before can be polled again, and whoever polls finds out whether the key is still good.
+        while not self.polls.ever:
             try:
                 return is_platform(await self.poller.ask())
             except RestError as error:
-                if isinstance(error, Said):
-                    key_refused(self._client.base, error)
+                self.polls.failed(error, self._clock(), no_socket=False)
+                if isinstance(error, Said) and error.status not in (401, 403):
                     return False
                 if isinstance(error, Unclear) and 0 < error.status < 500:
                     return False
                 logger.info("{}; asking again", error)
-                await anyio.sleep(next(waits))
+            except Exception:  # noqa: BLE001
+                logger.exception(BROKE, "a poll")
+            await anyio.sleep(next(waits))
+        return True
 
     # REST
 
     async def _by_rest(self) -> None:
+        waits = backoff()
         while True:
             await self._until_our_turn()
             self._stopped = anyio.Event()
+            broke = False
             try:
                 with anyio.CancelScope() as self._turn:
                     await self._serve()
+            except Refused:
+                raise
+            except Exception:  # noqa: BLE001
+                broke = True
+                logger.exception(BROKE, "sending by REST")
             finally:
                 self._turn = None
                 self._stopped.set()
+            if broke:
+                await anyio.sleep(next(waits))
+            else:
+                waits = backoff()
 
     async def _until_our_turn(self) -> None:
         while True:
@@ -238,6 +297,7 @@ class Transport:
                 except RestError as error:
                     self._not_polled(error)
                     await anyio.sleep(next(waits))
+            self.polls.answered()
             self._drain = self.hub if ours(answer) else self.platform
             self.by_rest = True
             kind = "a hub of ours" if ours(answer) else "the platform"
@@ -259,17 +319,26 @@ class Transport:
 
     async def _poll(self) -> NoReturn:
         waits = backoff()
-        answered = True
+        failing = False
         while True:
             try:
                 wait = await self.poller.once()
-                if not answered:
-                    waits, answered = backoff(), True
-                    self._polled()
+                why = ""
             except RestError as error:
                 self._not_polled(error)
-                wait, answered = next(waits), False
-                self._on_state("connecting", f"{error}; polling again in {wait:.0f} s")
+                why = str(error)
+            except Exception as error:  # noqa: BLE001
+                logger.exception(BROKE, "a poll")
+                why = str(error) or type(error).__name__
+            if why:
+                wait = next(waits)
+                failing = True
+                self._on_state("connecting", f"{why}; polling again in {wait:.0f} s")
+            else:
+                self.polls.answered()
+                if failing:
+                    waits, failing = backoff(), False
+                    self._polled()
             await anyio.sleep(wait)
 
     def _polled(self) -> None:
@@ -277,11 +346,5 @@ class Transport:
 
     def _not_polled(self, error: RestError) -> None:
         logger.info("poll: {}", error)
-        if not isinstance(error, Said):
-            return
-        key_refused(self._client.base, error)
-        if self.rules.setting == "poll" or self.rules.socket == "absent":
-            raise NotOurBackend(
-                f"{self._client.base} has no route for agents that poll ({error}). Check BACKEND_URL: it must be the "
-                "address of a FineTune Lab backend or of `training-agent hub`."
-            )
+        no_socket = self.rules.setting == "poll" or self.rules.socket == "absent"
+        self.polls.failed(error, self._clock(), no_socket=no_socket)

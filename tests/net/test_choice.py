@@ -5,7 +5,9 @@ import random
 
 import pytest
 
-from agent.net.choice import FAILED_DIALS, WITHOUT_WELCOME, Rules
+from agent.errors import KeyRefused, NotOurBackend
+from agent.net.choice import FAILED_DIALS, REFUSALS, REFUSED_FOR, WITHOUT_WELCOME, Polls, Rules
+from agent.net.client import Said, Unclear
 
 
 def test_rest_has_its_turn_after_so_many_dials_or_so_long() -> None:
@@ -79,3 +81,54 @@ def test_whatever_happens_there_is_one_owner_and_rest_is_never_shut_out_for_good
             rules.ended(now)
         due = rules.rest_from()
         assert due is not None and due <= now + WITHOUT_WELCOME, (seed, rules)
+
+
+def said(status: int, error: str) -> Said:
+    return Said(status, error, {"error": error})
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (401, "Invalid API key"),
+        (401, "Invalid API key format"),
+        (401, "Missing authorization header"),
+        (403, "API key does not have 'training' scope. Key scopes: testing"),
+    ],
+)
+def test_a_refusal_of_the_key_itself_ends_it_at_once(status: int, error: str) -> None:
+    polls = Polls("https://backend.example")
+    polls.answered()
+    with pytest.raises(KeyRefused, match="API_KEY"):
+        polls.failed(said(status, error), 1.0, no_socket=True)
+
+
+@pytest.mark.parametrize(
+    ("before", "status", "error"),
+    [(False, 401, "Database error"), (True, 401, "Authentication failed"), (True, 403, "Forbidden")],
+)
+def test_a_refusal_that_may_pass_must_last(before: bool, status: int, error: str) -> None:
+    polls, refusal = Polls("https://backend.example"), said(status, error)
+    if before:
+        polls.answered()
+    for _ in range(3):
+        # Many at once, or few over a long time, are a bad hour.
+        for _ in range(10):
+            polls.failed(refusal, 100.0, no_socket=True)
+        polls.failed(Unclear("HTTP 500"), 200.0, no_socket=True)
+        for number in range(REFUSALS - 1):
+            polls.failed(refusal, 300.0 + number * REFUSED_FOR, no_socket=True)
+        polls.answered()
+    for number in range(REFUSALS - 1):
+        polls.failed(refusal, float(number), no_socket=True)
+    with pytest.raises(KeyRefused, match=error):
+        polls.failed(refusal, REFUSED_FOR, no_socket=True)
+
+
+def test_what_was_polled_before_is_a_backend_whatever_answers_for_it() -> None:
+    polls = Polls("https://backend.example")
+    polls.failed(said(404, "Not Found"), 0.0, no_socket=False)
+    with pytest.raises(NotOurBackend, match="BACKEND_URL"):
+        polls.failed(said(404, "Not Found"), 0.0, no_socket=True)
+    polls.answered()
+    polls.failed(said(404, "Not Found"), 0.0, no_socket=True)

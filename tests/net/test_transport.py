@@ -13,7 +13,7 @@ from agent.net.choice import Transport
 from agent.net.client import RestClient
 from agent.net.retry import backoff
 from agent.net.websocket import Link
-from protocol.messages import Hello
+from protocol.messages import Hello, Machine
 from tests.hub.support import KEY, HubProcess, job_path, submit
 from tests.net.kept import AGENT, Kept
 from tests.support.platform import Platform
@@ -149,6 +149,55 @@ def test_a_key_that_nobody_knows_ends_it_by_either_way(setting: str) -> None:
         with pytest.raises(KeyRefused, match="API_KEY"):
             anyio.run(run)
         assert news[-1][0] == "refused"
+
+
+class Awkward(Gated):
+    """Records on a bad day: now and then nobody can say what machine this is."""
+
+    broken = 0
+
+    async def machine(self) -> Machine:
+        if self.broken:
+            self.broken -= 1
+            raise RuntimeError("the driver is gone")
+        return await super().machine()
+
+
+@pytest.mark.parametrize("setting", ["auto", "poll"])
+def test_no_bad_hour_of_the_platform_and_no_defect_ends_the_agent(
+    setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.net.choice.backoff", lambda *_: backoff(0.02, 0.05))
+    monkeypatch.setattr("agent.net.choice.ABSENT_FIRST", 0.02)
+    with Platform() as platform:
+        platform.fault("poll", *["401"] * 8)
+        store = Awkward("none")
+        store.broken = 1
+        made, news = transport(platform.url, store, setting)
+        made.poller._interval = 0.01
+        platform.poll_seconds = 0
+
+        async def run() -> None:
+            async def polled(times: int) -> None:
+                enough = platform.seen["poll"] + times
+                # A server in a thread is watched: nothing here could be waited for.
+                while platform.seen["poll"] < enough or not made.by_rest:  # noqa: ASYNC110
+                    await anyio.sleep(0.02)
+
+            with anyio.fail_after(30):
+                async with anyio.create_task_group() as group:
+                    group.start_soon(made.run)
+                    await polled(10)
+                    assert news[-1][0] == "connected"
+                    store.broken = 3
+                    platform.fault("poll", *["401", "page", "401", "502", "401", "401"] * 2)
+                    await polled(20)
+                    group.cancel_scope.cancel()
+
+        anyio.run(run)
+        assert "refused" not in [state for state, _ in news]
+        # Told as what a poll met: what is sent meanwhile went on.
+        assert any("the driver is gone" in detail for _, detail in news)
 
 
 def test_the_setting_websocket_never_polls() -> None:

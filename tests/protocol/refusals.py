@@ -7,10 +7,8 @@ into the file.
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
-from loguru import logger
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.frames import Close as CloseFrame
@@ -19,7 +17,7 @@ from websockets.http11 import Response
 import protocol
 from agent.errors import Refused
 from agent.net import client
-from agent.net.choice import Rules, Transport
+from agent.net.choice import Polls
 from agent.net.retry import can_retry, closed_for_good, refusal
 from protocol.messages import Close
 
@@ -133,13 +131,12 @@ def appends_table() -> str:
 
 
 def _poll(status: int) -> tuple[str, ...]:
-    stands = SimpleNamespace(_client=SimpleNamespace(base=URL), rules=Rules("poll", 0.0))
     try:
         answer = httpx.Response(status, json={"error": "{error}"})
         client._read(answer, answer.content, "GET {route}")
     except client.RestError as error:
         try:
-            Transport._not_polled(stands, error)  # type: ignore[arg-type]  # all that it looks at
+            Polls(URL).failed(error, 0.0, no_socket=True)
         except Refused as refused:
             return f"no; exit code {int(refused.exit_code)}", str(refused).replace(str(status), "{status}")
         return "yes", f"poll: {error}".replace(str(status), "{status}")
@@ -147,12 +144,8 @@ def _poll(status: int) -> tuple[str, ...]:
 
 
 def poll_table() -> str:
-    """Return the table of answers to a poll, where a poll is all that the agent has."""
-    logger.disable("agent.net.choice")
-    try:
-        return table(("status", "polls again", "the user reads"), grouped(range(200, 600), _poll))
-    finally:
-        logger.enable("agent.net.choice")
+    """Return the table of answers to an agent's first poll, where a poll is all that it has."""
+    return table(("status", "polls again", "the user reads"), grouped(range(200, 600), _poll))
 
 
 def _rows(status: int) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ from tests.support.platform_rows import (
     WRITABLE,
     Lost,
     Refused,
+    refusal,
 )
 
 __all__ = ["KEY", "LOG_CAP", "Platform"]
@@ -45,7 +46,8 @@ class Platform:
 
     Faults: "lost" (done, not answered), "dropped" (not done, not answered), "late" (not answered in time, done
     afterwards), "slow" (done at once, answered too late), "500" and "502" (not done), "gateway" (done, then 502),
-    "429", and "202" of the jobs route (said to be accepted, nothing stored).
+    "429", "401" (its own database gave no answer), "page" (404, and a page of the host in place of an answer), and
+    "202" of the jobs route (said to be accepted, nothing stored).
     """
 
     def __init__(self, *, paused_allowed: bool = True, rate_limit: int = 100, port: int = 0) -> None:
@@ -159,16 +161,12 @@ class Platform:
             if kind:
                 self.faulted[kind] += 1
             await request.body()
-            if kind in ("500", "502", "down"):
-                return Response("<h1>no</h1>", 502) if kind != "500" else JSONResponse({"error": "oh"}, 500)
-            if kind == "429":
-                return JSONResponse({"error": "Rate limit exceeded. Try again later."}, 429)
-            if kind == "dropped":
-                return Lost()
             if kind == "202":
                 body = await request.json()
                 accepted = {"success": True, "accepted": True, "persisted": False, "job_id": body["job_id"]}
                 return JSONResponse(accepted, 202)
+            if (instead := refusal(kind)) is not None:
+                return instead
             if kind == "late":
                 await anyio.sleep(self.late)
             try:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 KEY = "wak_" + "k" * 32
@@ -80,3 +80,22 @@ class Lost(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9999")]})
+
+
+def refusal(kind: str) -> Response | None:
+    """Return what a fault that does nothing answers with."""
+    match kind:
+        case "502" | "down":
+            return Response("<h1>no</h1>", 502)
+        case "500":
+            return JSONResponse({"error": "oh"}, 500)
+        case "401":
+            return JSONResponse({"error": "Database error"}, 401)
+        case "429":
+            return JSONResponse({"error": "Rate limit exceeded. Try again later."}, 429)
+        case "page":
+            return Response("<h1>DEPLOYMENT_NOT_FOUND</h1>", 404)
+        case "dropped":
+            return Lost()
+        case _:
+            return None
