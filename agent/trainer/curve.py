@@ -8,9 +8,9 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
 from agent.trainer import healing, memory
@@ -38,8 +38,7 @@ class _PutOff(Exception):
     """An evaluation was given up because the process must leave."""
 
 
-@dataclass(frozen=True)
-class Moment:
+class Moment(msgspec.Struct, frozen=True):
     """The end of a step, as far as its point needs it."""
 
     step: int
@@ -48,9 +47,15 @@ class Moment:
     clock: float
     """Of time.monotonic."""
     tokens: int
-    """Since the last point."""
+    """Since the last point, without those of ``masks``."""
+    masks: list[torch.Tensor]
+    """Attention masks of micro-batches whose tokens are not yet summed up."""
     samples: int
     learning_rate: float
+
+
+def _tokens_of(masks: list[torch.Tensor]) -> int:
+    return sum(int(mask.sum()) for mask in masks)
 
 
 class Curve(_Trainer):  # type: ignore[misc]
@@ -58,6 +63,7 @@ class Curve(_Trainer):  # type: ignore[misc]
 
     def _start_counting(self) -> None:
         self._tokens = 0
+        self._masks: list[torch.Tensor] = []
         self._samples = 0
         self._norm: float | None = None
         self._window_began = self._began = self._steps_began = time.monotonic()
@@ -82,6 +88,7 @@ class Curve(_Trainer):  # type: ignore[misc]
     def _store_counters(self) -> None:
         """Bring the counters up to date for a checkpoint of this step."""
         progress = self.job.progress
+        self._sum_tokens()
         progress.window_tokens, progress.window_samples = self._tokens, self._samples
         progress.window_seconds = time.monotonic() - self._window_began if progress.window_steps else 0.0
         self.finish_counters()
@@ -94,24 +101,40 @@ class Curve(_Trainer):  # type: ignore[misc]
         """Count the real tokens and rows of a micro-batch, while it is still in host memory."""
         mask = inputs.get("attention_mask")
         if mask is not None:
-            self._tokens += int(mask.sum())
+            # Summed up where the point is made: the training thread does not wait for a figure.
+            self._masks.append(mask)
             self._samples += mask.shape[0]
         else:  # packed: no padding, and the documents' borders come with the batch
             self._tokens += inputs["input_ids"].numel()
             self._samples += inputs["cu_seq_lens_q"].numel() - 1
 
+    def _sum_tokens(self, at_least: int = 1) -> None:
+        """Sum up the tokens of the masks at hand, where they are so many."""
+        if len(self._masks) < at_least:
+            return
+        masks, self._masks = self._masks, []
+        self._tokens += _tokens_of(masks)
+
     def _moment(self, learning_rate: float) -> Moment:
         """Take down what this step's point is made of, apart from what is still on the device."""
-        tokens, samples = self._tokens, self._samples
-        self._tokens = self._samples = 0
-        epoch = float(self.state.epoch or 0.0)
+        tokens, masks, samples = self._tokens, self._masks, self._samples
+        self._tokens, self._masks, self._samples = 0, [], 0
+        state = self.state
         return Moment(
-            self.state.global_step, epoch, time.time(), time.monotonic(), tokens, samples, learning_rate
+            state.global_step,
+            state.epoch or 0.0,
+            time.time(),
+            time.monotonic(),
+            tokens,
+            masks,
+            samples,
+            learning_rate,
         )
 
     def _measure(self, at: Moment) -> dict[str, float]:
         """Return the train values since the last point, and count them."""
         progress = self.job.progress
+        tokens = at.tokens + _tokens_of(at.masks)
         loss = progress.window_loss / max(1, progress.window_steps)
         seconds = max(1e-9, at.clock - self._window_began)
         values = {
@@ -119,13 +142,13 @@ class Curve(_Trainer):  # type: ignore[misc]
             "train_perplexity": perplexity(loss),
             "learning_rate": at.learning_rate,
             "samples_per_second": at.samples / seconds,
-            "tokens_per_second": at.tokens / seconds,
+            "tokens_per_second": tokens / seconds,
         }
         if self._norm is not None:
             values["grad_norm"] = self._norm
         values |= self._extra()
         progress.add_train_loss(loss)
-        progress.tokens_seen += at.tokens
+        progress.tokens_seen += tokens
         progress.window_loss, progress.window_steps = 0.0, 0
         self._window_began = at.clock
         return values

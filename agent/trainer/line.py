@@ -8,6 +8,7 @@ next one.
 
 import os
 import threading
+import time
 from collections import deque
 from pathlib import Path
 from typing import Protocol
@@ -29,6 +30,8 @@ from protocol.worker import (
 
 KEEP_BYTES = 32 << 20
 """Encoded events kept in memory; what is beyond lies in a file until there is room."""
+LOOK_AGAIN = 0.05
+"""Seconds between looks for the agent's process. Mostly the end of its pipe tells that it is gone, and sooner."""
 CLOSE_LIMIT = 10.0
 """Seconds that `close` waits for the agent to commit the last events."""
 
@@ -54,6 +57,7 @@ class Line:
         self._order_queue = orders
         self._event_queue = events
         self._parent_pid = parent_pid
+        self._look_again = 0.0
         self._attempt = 0
         self._next = 0
         self._folder: Path | None = None
@@ -147,8 +151,14 @@ class Line:
     @property
     def parent_gone(self) -> bool:
         """Whether the agent has died: save, `close`, leave."""
-        if not self._gone and self._parent_pid is not None and os.getppid() != self._parent_pid:
-            self._hang_up()
+        if not self._gone and self._parent_pid is not None:
+            now = time.monotonic()
+            if (
+                now >= self._look_again
+            ):  # training asks in every micro-batch, and a system call is dear on some hosts
+                self._look_again = now + LOOK_AGAIN
+                if os.getppid() != self._parent_pid:
+                    self._hang_up()
         return self._gone
 
     def flush(self, timeout: float) -> bool:

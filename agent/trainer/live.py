@@ -43,9 +43,11 @@ def to_come(
 
 def set_parameters(trainer: Any) -> None:
     """Put the ordered parameters in force from the next step on, and say which were refused."""
-    inbox, progress = trainer.job.inbox, trainer.job.progress
-    orders, inbox.parameters = inbox.parameters, []
     job, next_step = trainer.job, trainer.state.global_step + 1
+    inbox, progress = job.inbox, job.progress
+    if not inbox.parameters and not job.replay:  # the usual case at every step
+        return
+    orders, inbox.parameters = inbox.parameters, []
     due = 0
     while due < len(job.replay) and job.replay[due][0] <= next_step:
         due += 1

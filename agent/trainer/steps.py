@@ -28,9 +28,11 @@ from protocol.worker import Note, Parameters, ParametersSet
 USUAL = 16
 """Steps before one, whose mean loss tells whether it is a spike."""
 
+MANY = 64
+"""Attention masks that are kept before their tokens are summed up, where points are rare."""
 
-@dataclass(frozen=True)
-class Done:
+
+class Done(msgspec.Struct, frozen=True):
     """A finished step, whose figures are still on the device."""
 
     number: int
@@ -191,7 +193,8 @@ class Steps(Saving):
 
     def _accumulate(self, model: Any, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """Return loss and gradient norm of a step, with its gradients in place; healed where memory runs out."""
-        random, tokens, samples = RandomStates(), self._tokens, self._samples
+        self._sum_tokens(MANY)
+        random, tokens, masks, samples = RandomStates(), self._tokens, len(self._masks), self._samples
         while True:
             try:
                 made = self._pass(model, step)
@@ -206,6 +209,7 @@ class Steps(Saving):
             model.zero_grad()
             healing.make_room()
             self._tokens, self._samples = tokens, samples
+            del self._masks[masks:]
             random.restore()
             self._make_smaller(step, reason, words)
             random.restore()

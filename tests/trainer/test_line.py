@@ -120,9 +120,11 @@ def test_an_order_that_cannot_be_read_is_told_and_the_next_is_obeyed(agent: Agen
 def test_the_end_of_the_agent_is_noticed_by_those_who_wait(agent: Agent) -> None:
     line = Line(agent.orders, agent.events)
     assert not line.parent_gone
-    threading.Timer(0.05, agent.die).start()
+    death = threading.Timer(0.05, agent.die)
+    death.start()
     assert line.wait_order(SOON) is None
     assert line.parent_gone
+    death.join()
 
 
 def test_another_parent_is_a_dead_agent(agent: Agent) -> None:

@@ -41,6 +41,28 @@ def test_what_fails_is_raised_once_and_ends_the_rest() -> None:
     assert done == [2]
 
 
+def test_work_is_taken_up_whether_the_thread_naps_or_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.trainer.reporter.NAP", 0.001)
+    reporter, rang = Reporter(), threading.Event()
+    for number in range(200):
+        if number % 4 == 3:  # long enough to fall asleep
+            threading.Event().wait(0.005)
+        rang.clear()
+        reporter.give(rang.set)
+        assert rang.wait(30), f"piece {number} was left lying"
+
+
+def test_flush_waits_for_what_the_thread_is_doing() -> None:
+    reporter, done = Reporter(), list[int]()
+    begun, gate = threading.Event(), threading.Event()
+    reporter.give(lambda: (begun.set(), gate.wait(5), done.append(0))[2])
+    reporter.give(lambda: done.append(1))
+    assert begun.wait(30)
+    threading.Timer(0.05, gate.set).start()
+    reporter.flush()
+    assert done == [0, 1]
+
+
 def test_points_made_beside_training_are_the_same(jobs: Jobs) -> None:
     wanted = {
         "lora": LoraSpec(r=4, dropout=0.2),
