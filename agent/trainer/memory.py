@@ -1,6 +1,9 @@
 """What the device holds: figures for the curve, the owner's cap, and giving everything back."""
 
+import contextlib
+import ctypes
 import gc
+import sys
 import time
 from typing import Any
 
@@ -9,6 +12,8 @@ import torch
 from protocol.worker import Limits
 
 _GB = 1 << 30
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
+"""Of mallopt(3)."""
 _fraction = 1.0
 """The owner's share of the device, as it was applied."""
 _utilization: tuple[float, float | None] = (0.0, None)
@@ -21,6 +26,19 @@ def apply_cap(limits: Limits) -> None:
     if torch.cuda.is_available() and limits.gpu_memory_fraction < 1.0:
         for device in range(torch.cuda.device_count()):
             torch.cuda.set_per_process_memory_fraction(limits.gpu_memory_fraction, device)
+
+
+def keep_freed() -> None:
+    """Where the processor computes, keep what a step frees for the next one; before anything large is allocated.
+
+    The C library gives freed memory back to the system at once, and every step would have to fault it in again.
+    """
+    if torch.cuda.is_available() or sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        set_option = ctypes.CDLL(None).mallopt
+        for option, value in ((_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 64 << 20)):
+            set_option(option, value)
 
 
 def within_cap(free: int, total: int, held: int, fraction: float) -> int:

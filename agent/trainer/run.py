@@ -77,6 +77,7 @@ class _Run:
         self.inbox.listen()
         self.facts = determinism.apply(self.spec)
         memory.apply_cap(self.start.limits)
+        memory.keep_freed()
         check_writable(self.checkpoints.folder, "the job's checkpoints")
         Output(self.start.workspace).check()
         found = self._find_checkpoint()

@@ -1,6 +1,8 @@
 """Figures of the device. What needs one is marked gpu."""
 
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -60,3 +62,28 @@ def test_figures_and_the_cap_on_a_device() -> None:
         )
     assert memory.peak_gb() is not None
     del held
+
+
+FAULTS = """
+import resource, sys, torch
+from agent.trainer import memory
+if "keep" in sys.argv:
+    memory.keep_freed()
+def step():
+    [torch.zeros(1 << 20) for _ in range(30)]
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@without
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator alone is told to")
+def test_what_a_step_frees_is_there_for_the_next() -> None:
+    def faults(*words: str) -> int:
+        return int(subprocess.check_output([sys.executable, "-c", FAULTS, *words], text=True))
+
+    assert faults("keep") < 100 < faults()
