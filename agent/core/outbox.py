@@ -6,7 +6,7 @@ from operator import itemgetter
 
 import msgspec
 
-from protocol.codec import decode_record, encode_record
+from protocol.codec import BadMessage, decode_record, encode_record
 from protocol.failures import failure
 from protocol.fields import MAX_RECORD
 from protocol.records import (
@@ -112,13 +112,35 @@ def admit(record: AnyRecord) -> bytes:
     return encode_record(Notice(getattr(record, "time", 0.0), "warning", _plain(text), attempt))
 
 
-def _plain(text: str) -> str:
-    return cut(text, WORD).encode("utf-8", "replace").decode()
+def lean(body: bytes, fits: Callable[[bytes], bool]) -> bytes | None:
+    """Return a state, or the answer to a command, without what explains it; None for what cannot be made to fit.
+
+    A backend may take frames far smaller than the contract's largest, and must hear how a job ended.
+    """
+    try:
+        record = decode_record(body)
+    except BadMessage:
+        return None
+    for limit in (WORD, WORD // 8):
+        match record:
+            case JobStatus():
+                less = encode_record(_bare(record, limit))
+            case CommandDone(detail=detail):
+                less = encode_record(msgspec.structs.replace(record, detail=_plain(detail, limit)))
+            case _:
+                return None
+        if fits(less):
+            return less
+    return None
 
 
-def _bare(status: JobStatus) -> JobStatus:
-    cause = status.failure and failure(status.failure.reason, _plain(status.failure.sentence))
-    return msgspec.structs.replace(status, detail=_plain(status.detail), failure=cause)
+def _plain(text: str, limit: int = WORD) -> str:
+    return cut(text, limit).encode("utf-8", "replace").decode()
+
+
+def _bare(status: JobStatus, limit: int = WORD) -> JobStatus:
+    cause = status.failure and failure(status.failure.reason, _plain(status.failure.sentence, limit))
+    return msgspec.structs.replace(status, detail=_plain(status.detail, limit), failure=cause)
 
 
 def _bounded(record: AnyRecord) -> AnyRecord:

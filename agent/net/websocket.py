@@ -16,6 +16,7 @@ from websockets.typing import Subprotocol
 
 from agent.core.ports import Uplink
 from agent.errors import NotOurBackend, Refused
+from agent.net.frames import Frames
 from agent.net.retry import (
     LOOPBACK,
     TLS_RETRY,
@@ -31,7 +32,7 @@ from protocol.codec import BadMessage, Codec
 from protocol.fields import MAX_FRAME
 from protocol.messages import CONNECT_PATH, SUBPROTOCOLS, Close, Command, Desired, Goaway
 from protocol.rest import HEADER_AGENT
-from protocol.session import Acked, AgentSession, Closing, Dropped, Key, Welcomed
+from protocol.session import Acked, AgentSession, Closing, Dropped, Welcomed
 
 OPEN_WITHIN = 10.0
 """Seconds for TCP, TLS and the upgrade together."""
@@ -41,8 +42,6 @@ PROBE_WITHIN = 5.0
 """Seconds in which the backend must answer after a sleep of this machine."""
 WOKEN_WITHIN = 3.0
 """Seconds over which the dials of machines that woke together are spread."""
-HELLO_STREAMS = 1000
-"""Streams that HELLO names: with their scopes they fit a frame."""
 
 
 def socket_url(backend_url: str) -> str:
@@ -91,6 +90,7 @@ class Link:
         self._welcomed = anyio.Event()
         self._session: AgentSession | None = None
         self._retry_after = 0.0
+        self._frames = Frames()
         self.dials = 0
         self.dial_due = 0.0
         """When the next dial is due, by the clock of this link."""
@@ -224,13 +224,15 @@ class Link:
             codec = Codec(socket.subprotocol)
             hello = await self._uplink.hello()
             # A HELLO that fills no frame; the other streams are opened after it.
-            hello = msgspec.structs.replace(hello, streams=hello.streams[:HELLO_STREAMS])
+            hello = msgspec.structs.replace(hello, streams=hello.streams[: self._frames.hello_streams])
             session = AgentSession(hello, self._clock(), self._heartbeat)
             self._session = session
+            self._frames.begin()
             try:
                 closing = await self._converse(socket, codec, session)
             finally:
                 self._session = None
+            self._frames.ended(closing.code, session.welcome is not None)
             if session.closing is not None and session.closing.code >= Close.DRAIN:
                 # The other end should be able to read in its own log what it did.
                 with anyio.move_on_after(1):
@@ -305,7 +307,7 @@ class Link:
             while not wake.is_set() and (wish := session.next_read()) is not None:
                 key, after, size = wish
                 rows = await self._uplink.read(key, after, size)
-                self._queue(session, codec, key, after, rows)
+                self._frames.queue(session, codec, key, after, rows)
                 await self._flush(socket, codec, session)
             due = session.tick(self._clock(), self._uplink.backlog())
             await self._flush(socket, codec, session)
@@ -328,41 +330,10 @@ class Link:
         for key, last in self._uplink.heads().items():
             session.appended(key, last)
 
-    def _queue(
-        self,
-        session: AgentSession,
-        codec: Codec,
-        key: Key,
-        after: int,
-        rows: list[tuple[int, bytes | None]],
-    ) -> None:
-        """Queue what was read, each frame within the limit, and a tombstone for whatever cannot be sent."""
-        run: list[bytes] = []
-        room = session.frame_room
-        size = 0
-        sent = after
-        for seq, body in rows:
-            length = codec.length(body) if body is not None else 0
-            if body is None or length > room or seq != sent + len(run) + 1 or size + length > room:
-                session.send(key, sent + 1, run)
-                sent, run, size = sent + len(run), [], 0
-            if seq > sent + len(run) + 1:
-                session.bury(key, sent + 1, seq - 1, "trimmed")
-                sent = seq - 1
-            if body is None or length > room:
-                session.bury(key, seq, seq, "corrupt" if body is None else "oversize")
-                sent = seq
-                continue
-            run.append(body)
-            size += length
-        session.send(key, sent + 1, run)
-        if not rows:
-            # Announced, but not in the journal any more: else this would be asked for again and again.
-            session.bury(key, after + 1, session.last(key), "trimmed")
-
     async def _flush(self, socket: ClientConnection, codec: Codec, session: AgentSession) -> None:
         for message in session.outgoing(self._clock()):
             data = codec.encode(message)
+            self._frames.sent(len(data))
             await socket.send(data.decode() if codec.as_json else data)
 
 

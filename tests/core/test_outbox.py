@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.core.outbox import LINES, PROSE, WORD, Points, admit, chunks, cut, schema_of
+from agent.core.outbox import LINES, PROSE, WORD, Points, admit, chunks, cut, lean, schema_of
 from protocol.codec import Codec, decode_record
 from protocol.failures import ADVICE, Evidence, Failure, FailureReason
 from protocol.fields import MAX_FRAME, MAX_RECORD
@@ -125,6 +125,24 @@ def test_a_state_arrives_whatever_hangs_on_it() -> None:
     assert half.detail == "cannot read /data/?.txt"
     assert half.failure is not None
     assert half.failure.sentence == "?"
+
+
+def test_a_state_that_must_be_small_keeps_what_happened() -> None:
+    cause = Failure(reason=FailureReason.DATA, sentence=WIDE * 2000, evidence=Evidence(traceback="t" * 9000))
+    body = admit(status(detail=WIDE * 2000, failure=cause))
+    for room in (20_000, 3584):
+        less = lean(body, lambda record, room=room: len(record) <= room)  # type: ignore[misc]
+        assert less is not None
+        assert len(less) <= room
+        got = decode_record(less)
+        assert isinstance(got, JobStatus)
+        assert (got.state, got.attempt) == ("failed", 2)
+        assert got.failure is not None
+        assert (got.failure.reason, got.failure.evidence) == (FailureReason.DATA, None)
+        assert got.failure.sentence.startswith(WIDE * 100)
+    assert lean(body, lambda _: False) is None
+    assert lean(admit(Notice(1.0, "info", "x" * 2000)), lambda _: True) is None
+    assert lean(b"\xc1", lambda _: True) is None
 
 
 @pytest.mark.parametrize(

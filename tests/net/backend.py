@@ -222,6 +222,7 @@ async def serving(
     handler: Handler | None = None,
     answer: Callable[[ServerConnection, Request], Response | None] | None = None,
     subprotocols: tuple[str, ...] | None = SUBPROTOCOLS,
+    largest: int = MAX_FRAME,
 ) -> AsyncIterator[Backend]:
     """Serve ``backend``, with what goes otherwise than usual."""
 
@@ -241,7 +242,7 @@ async def serving(
         backend.port,
         process_request=process,
         subprotocols=offered,
-        max_size=MAX_FRAME,
+        max_size=largest,
         ping_interval=None,
         compression=None,
         close_timeout=1,

@@ -10,6 +10,7 @@ import agent.net.websocket
 from agent.net.retry import backoff
 from agent.net.websocket import socket_url
 from protocol.codec import encode_record
+from protocol.failures import Evidence, FailureReason, failure
 from protocol.fields import MAX_FRAME
 from protocol.messages import (
     SUBPROTOCOL_JSON,
@@ -18,7 +19,7 @@ from protocol.messages import (
     Desired,
     Heartbeat,
 )
-from protocol.records import LogChunk, Notice, Point
+from protocol.records import CommandDone, JobStatus, LogChunk, Notice, Point
 from protocol.session import FRAME_TARGET, Key
 from tests.net.backend import (
     CONTROL,
@@ -178,6 +179,45 @@ async def test_a_backend_may_set_a_smaller_frame() -> None:
     ]
 
 
+def failed(weight: int) -> JobStatus:
+    """Return the end of a job with evidence that weighs so many bytes."""
+    evidence = Evidence(traceback="t" * weight)
+    return JobStatus(1.0, 1, "failed", failure=failure(FailureReason.DATA, "Row 57 is broken.", evidence))
+
+
+@pytest.mark.parametrize("subprotocol", [SUBPROTOCOL_MSGPACK, SUBPROTOCOL_JSON])
+async def test_a_state_arrives_without_its_evidence_where_frames_are_small(subprotocol: str) -> None:
+    backend, records = Backend(), Records()
+    backend.terms = {"max_frame": 4096}
+    answer = CommandDone(1.0, "c", "refused", "\x1b" * 5000)
+    records.add(CONTROL, Notice(1.0, "info", "before"), failed(9000), answer, Notice(1.0, "info", "behind"))
+    async with serving(backend, subprotocols=(subprotocol,)), running(link_to(backend, records)):
+        await backend.until(lambda: records.at == {CONTROL: 4})
+    assert backend.texts(CONTROL) == ["before", "JobStatus", "CommandDone", "behind"]
+    assert len(backend.hellos) == 1
+
+
+async def test_what_is_hung_up_at_again_and_again_is_not_sent_for_ever() -> None:
+    """A gateway on the way takes less than WELCOME says."""
+    backend, records = Backend(), Records()
+    records.add(CONTROL, failed(50_000), Notice(1.0, "info", "x" * 60_000), Notice(1.0, "info", "behind"))
+    records.say(LOGS, *("x" * 3000 for _ in range(40)))
+    async with serving(backend, largest=20_000), running(link_to(backend, records)):
+        await backend.until(lambda: records.at == {CONTROL: 3, LOGS: 40})
+    assert backend.texts(CONTROL) == ["JobStatus", "<oversize>", "behind"]
+    assert backend.texts(LOGS) == ["x" * 3000] * 40
+    assert len(backend.hellos) < 10
+
+
+async def test_a_hello_that_is_too_large_names_fewer_streams() -> None:
+    backend, records = Backend(), Records()
+    for number in range(100):
+        records.say(Key(EPOCH, f"job-{number:04}{'x' * 110}", 0), "x")
+    async with serving(backend, largest=6_000), running(link_to(backend, records)):
+        await backend.until(lambda: all(at == 1 for at in records.at.values()))
+    assert len(backend.hellos[0].streams) < 40
+
+
 async def test_what_the_journal_lost_is_buried_and_the_rest_arrives() -> None:
     backend, records = Backend(), Records()
     records.say(CONTROL, "a")
@@ -285,4 +325,3 @@ async def test_cancelling_while_dialling_ends_at_once() -> None:
             began = time.monotonic()
         assert time.monotonic() - began < DEADLINE / 2
     assert repr(link) == f"<Link {link.url} None, 1 dials>"
-    assert agent.net.websocket.HELLO_STREAMS == 1000
