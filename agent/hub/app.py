@@ -10,7 +10,7 @@ from agent.hub import agents, datasets, rest_agents, rest_append, rest_jobs
 from agent.hub.hub import Hub
 from agent.hub.web import Json, handler
 from protocol.messages import CONNECT_PATH, SUBPROTOCOLS
-from protocol.rest import AGENTS, CLAIM, DATASET, JOB, JOBS, METRICS, POLL, UPLOAD
+from protocol.rest import AGENTS, CLAIM, DATASET, JOB, JOBS, METRICS, POLL, RECORDS, UPLOAD
 from protocol.version import AGENT_VERSION
 
 
@@ -58,6 +58,7 @@ def routes() -> list[BaseRoute]:
         (f"{AGENTS}/{{agent_id}}", "DELETE", rest_agents.delete_agent),
         (POLL, "GET", rest_agents.poll),
         (CLAIM, "POST", rest_agents.claim),
+        (RECORDS, "POST", rest_agents.post_records),
     ]
     plain: list[BaseRoute] = [Route(path, handler(do), methods=[method]) for path, method, do in table]
     return [*plain, WebSocketRoute(CONNECT_PATH, connect)]

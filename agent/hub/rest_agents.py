@@ -9,8 +9,10 @@ from starlette.responses import Response
 
 from agent.hub.errors import Refusal
 from agent.hub.hub import ONLINE_SECONDS, Hub
+from agent.hub.jobs import open_commands
 from agent.hub.model import Agent, Job
 from agent.hub.points import iso
+from agent.hub.rest_append import keep, numbered
 from agent.hub.store import Db
 from agent.hub.tables import (
     find_agent,
@@ -24,7 +26,7 @@ from agent.hub.tables import (
 )
 from agent.hub.web import Json
 from protocol.lifecycle import JobState
-from protocol.messages import SUBPROTOCOL_MSGPACK
+from protocol.messages import SUBPROTOCOL_MSGPACK, Command
 from protocol.rest import HEADER_AGENT
 
 POLL_SECONDS = 10
@@ -143,13 +145,16 @@ def _offer(job: Job) -> dict[str, Any]:
 
 
 async def poll(request: Request, hub: Hub) -> Response:
-    """`GET /api/training/agent/poll`: the oldest job that waits, or that this agent was given and never took."""
+    """`GET /api/training/agent/poll`: the oldest job that waits, or that this agent was given and never took.
+
+    Its open commands come along, as frames: an agent that polls has no other way to hear of them.
+    """
     await hub.keys.require(request.headers)
     agent_id = _agent_id(request)
     headers = request.headers
     now = hub.clock()
 
-    def op(db: Db) -> Job | None:
+    def op(db: Db) -> tuple[Job | None, list[Command]]:
         agent = find_agent(db, agent_id) or Agent(id=agent_id, registered_at=now, last_seen=now)
         agent.last_poll_at = agent.last_seen = now
         agent.hostname = headers.get("x-agent-hostname") or agent.hostname
@@ -159,20 +164,27 @@ async def poll(request: Request, hub: Hub) -> Response:
         save_agent(db, agent)
         mine = [job for job in live_jobs_of(db, agent_id) if not job.taken]
         waiting = mine or [job for job in unassigned_jobs(db) if job.state is JobState.QUEUED]
-        return waiting[0] if waiting else None
+        return waiting[0] if waiting else None, open_commands(db, agent_id)
 
-    job = await hub.store.write(op)
+    job, commands = await hub.store.write(op)
     hub.feed.tell("")
-    if job is None:
-        return Json(
-            {
-                "job": None,
-                "poll_interval_seconds": POLL_SECONDS,
-                "records": SUBPROTOCOL_MSGPACK,
-                "message": "No pending jobs available",
-            }
-        )
-    return Json({"job": _offer(job), "poll_interval_seconds": POLL_SECONDS, "records": SUBPROTOCOL_MSGPACK})
+    said = {
+        "job": _offer(job) if job is not None else None,
+        "poll_interval_seconds": POLL_SECONDS,
+        "records": SUBPROTOCOL_MSGPACK,
+        "commands": commands,
+    }
+    return Json(said if job is not None else {**said, "message": "No pending jobs available"})
+
+
+async def post_records(request: Request, hub: Hub) -> Response:
+    """`POST /api/training/agent/records`: what the agent says of itself, and its answers to commands."""
+    await hub.keys.require(request.headers)
+    agent_id = _agent_id(request)
+    sent = await numbered(request, "")
+    applied = await hub.store.write(lambda db: keep(db, agent_id, sent, hub.clock()))
+    await hub.stored(applied)
+    return Json({"success": True, "ack": applied.ack})
 
 
 async def claim(request: Request, hub: Hub) -> Response:

@@ -4,7 +4,7 @@ import hmac
 import math
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import msgspec
@@ -117,40 +117,58 @@ class _Numbered:
         return {"ack": ack}
 
 
-async def _raw_records(request: Request, hub: Hub, job_id: str, lane: int) -> Response:
-    """Append records as they are on the socket: `application/msgpack`, an array of them."""
-    token, span = token_of(request), range_of(request)
+class Numbered(NamedTuple):
+    """Records of an append, as they are on the socket; none where they were lost, for the reason ``tomb``."""
+
+    key: Key
+    lo: int
+    hi: int
+    records: list[msgspec.Raw]
+    tomb: str
+
+
+async def numbered(request: Request, scope: str, lane: int | None = None) -> Numbered:
+    """Read an append of records, of ``lane`` if that is given; raises Refusal 400."""
+    span = range_of(request)
     try:
         records = _RECORDS.decode(await body_of(request))
     except (msgspec.DecodeError, RecursionError) as error:
         raise Refusal(400, f"The body is not an array of records: {error}") from None
     tomb = request.headers.get(HEADER_TOMB, "")[:32]
     expected = 0 if tomb else span.hi - span.lo + 1 if span else -1
-    if span is None or len(records) != expected or span.lane != lane:
+    if span is None or len(records) != expected or lane not in (None, span.lane):
+        of_lane = "" if lane is None else f", of lane {lane}"
         raise Refusal(
-            400, f"{HEADER_STREAM} and {HEADER_RANGE} must number exactly the records sent, of lane {lane}."
+            400, f"{HEADER_STREAM} and {HEADER_RANGE} must number exactly the records sent{of_lane}."
         )
-    key = Key(span.epoch, job_id, lane)
-    codec = Codec(SUBPROTOCOL_MSGPACK)
+    return Numbered(Key(span.epoch, scope, span.lane), span.lo, span.hi, records, tomb)
+
+
+def keep(db: Db, sender: str, sent: Numbered, now: float) -> ingest.Applied:
+    """Store what was sent; raises Refusal 409 at a hole."""
+    try:
+        if sent.tomb:
+            return ingest.bury(db, sender, sent.key, sent.lo, sent.hi, sent.tomb, now)
+        return ingest.apply(db, sender, sent.key, sent.lo, sent.records, Codec(SUBPROTOCOL_MSGPACK), now)
+    except ingest.Gap as gap:
+        raise Refusal(409, f"The stream is stored up to {gap.ack}; go on from there.", ack=gap.ack) from None
+
+
+async def _raw_records(request: Request, hub: Hub, job_id: str, lane: int) -> Response:
+    """Append records as they are on the socket: `application/msgpack`, an array of them."""
+    token = token_of(request)
+    sent = await numbered(request, job_id, lane)
 
     def op(db: Db) -> tuple[Job, ingest.Applied]:
         job = authorised(db, job_id, token)
         # Where the sender says who it is, the job must be its own: another agent may hold it by now.
         sender = request.headers.get(HEADER_AGENT) or job.agent_id or ""
-        try:
-            if tomb:
-                done = ingest.bury(db, sender, key, span.lo, span.hi, tomb, hub.clock())
-            else:
-                done = ingest.apply(db, sender, key, span.lo, records, codec, hub.clock())
-        except ingest.Gap as gap:
-            raise Refusal(
-                409, f"The stream is stored up to {gap.ack}; go on from there.", ack=gap.ack
-            ) from None
+        done = keep(db, sender, sent, hub.clock())
         return done.job or job, done
 
     job, applied = await hub.store.write(op)
     await hub.stored(applied)
-    return Json(answer(job, ack=applied.ack, count=len(records), status=job.status))
+    return Json(answer(job, ack=applied.ack, count=len(sent.records), status=job.status))
 
 
 async def put_metrics(request: Request, hub: Hub) -> Response:

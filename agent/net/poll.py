@@ -11,6 +11,7 @@ from loguru import logger
 from agent.net import hosted
 from agent.net.client import RestClient, Said, Unclear, Unreached
 from agent.net.drain import Store
+from agent.net.rest import carry_out
 from protocol.messages import SUBPROTOCOL_MSGPACK, DatasetRef, Desired, Offer
 from protocol.rest import CLAIM, JOB, JOBS, POLL
 
@@ -69,6 +70,8 @@ class Poller:
         """Poll, take a job if there is one and room for it; return the seconds until the next. Raises RestError."""
         await self._finish_claim()
         answer = await self.ask()
+        if ours(answer):
+            await carry_out(self._client, self._uplink, answer)
         offered = answer.get("job")
         if isinstance(offered, dict) and isinstance(offered.get("id"), str):
             await self._consider(offered, ours(answer))

@@ -1,16 +1,17 @@
 """Our own hub by REST, where no socket can be had: the socket's records, under the same numbers."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import msgspec
 from loguru import logger
 
 from agent.core.job import Job
-from agent.net.client import Said
-from agent.net.drain import READ_BYTES, Drain
+from agent.net.client import RestClient, RestError, Said, Unclear
+from agent.net.drain import READ_BYTES, Drain, Store
 from protocol.lifecycle import TERMINAL
-from protocol.messages import Desired, Lane
-from protocol.rest import HEADER_RANGE, HEADER_STREAM, HEADER_TOMB, JOB
+from protocol.messages import Command, CommandKind, Desired, Lane
+from protocol.rest import CLAIM, HEADER_RANGE, HEADER_STREAM, HEADER_TOMB, JOB, RECORDS
 from protocol.session import Key
 from protocol.worker import Parameters
 
@@ -32,11 +33,39 @@ class _Wish(msgspec.Struct):
     accept_changes: bool = False
 
 
-class HubDrain(Drain):
-    """Appends with stream and range; the answer carries the position, so that a repeat is stored once.
+async def token_of(client: RestClient, uplink: Store, job_id: str) -> str:
+    """Return the job's token. Scrubbed at the job's end, it is given again to whom the job belongs. Raises RestError."""
+    token = await uplink.token(job_id)
+    if not token:
+        answer = await client.call("POST", CLAIM.format(job_id=job_id))
+        token = str(answer.get("job_token") or "")
+        if not token:
+            raise Unclear(f"job {job_id}: its claim was answered without a token")
+        await uplink.keep_token(job_id, token)
+    return token
 
-    The agent's own stream has no job and so no token: it waits for the socket.
-    """
+
+async def carry_out(client: RestClient, uplink: Store, answer: Mapping[str, Any]) -> None:
+    """Do what the answer to a poll commands: once by its id, and answered in the agent's own stream."""
+    commands = answer.get("commands")
+    for said in commands if isinstance(commands, list) else []:
+        try:
+            command = msgspec.convert(said, Command)
+        except msgspec.ValidationError as error:
+            logger.warning("a command of the backend cannot be read: {}", error)
+            continue
+        if command.kind == CommandKind.RETRY and command.job_id in uplink.jobs():
+            try:
+                # On the socket DESIRED brings it before; data sets are fetched with it.
+                await token_of(client, uplink, command.job_id)
+            except RestError as error:
+                logger.info("job {} is not begun again yet: {}", command.job_id, error)
+                continue
+        await uplink.commanded(command)
+
+
+class HubDrain(Drain):
+    """Appends with stream and range; the answer carries the position, so that a repeat is stored once."""
 
     in_order = True
     _most: dict[Key, int]
@@ -46,13 +75,17 @@ class HubDrain(Drain):
 
     async def batch(self, key: Key) -> int:
         last = self.uplink.heads()[key]
-        token = await self.uplink.token(key.scope) if key.scope else ""
-        if not token:
-            # Nothing to show at the door; the socket needs none.
-            return last
         rows = await self.uplink.read(key, 0, self._most.get(key, READ_BYTES))
         if not rows:
             return last
+        token = ""
+        if key.scope:
+            try:
+                token = await token_of(self.client, self.uplink, key.scope)
+            except Said as said:
+                if said.gone or said.body.get("code") == "ALREADY_CLAIMED":
+                    return await self._gone(key, said, last)
+                raise
         first = rows[0][0]
         good: list[bytes] = []
         for _, body in rows:
@@ -81,7 +114,7 @@ class HubDrain(Drain):
         return await self._send(key, token, lo, hi, msgspec.msgpack.encode([]), reason)
 
     async def _send(self, key: Key, token: str, lo: int, hi: int, raw: bytes, tomb: str = "") -> int:
-        method, path = ROUTES[Lane(key.lane)]
+        method, path = ROUTES[Lane(key.lane)] if key.scope else ("POST", RECORDS)
         headers = {HEADER_STREAM: f"{key.epoch}/{key.lane}", HEADER_RANGE: f"{lo}-{hi}"}
         if tomb:
             headers[HEADER_TOMB] = tomb
@@ -96,15 +129,24 @@ class HubDrain(Drain):
                     # It has lost what it had acknowledged, and here it is deleted.
                     return await self._bury(key, token, have + 1, lo - 1, "trimmed")
                 return await self._acked(key, have, 0)
-            if said.gone:
-                logger.warning("the backend takes no more of {}: {}", key.scope, said)
-                await self.uplink.dropped(key, str(said))
-                return hi
+            if key.scope and said.gone:
+                return await self._gone(key, said, hi)
+            if not key.scope and key.lane != Lane.CONTROL and said.status != 413:
+                # Figures of the machine are the least of it: they must not fill the disk for a backend without a
+                # place for them. What it says in lane 0 waits for the socket.
+                return await self._acked(key, hi, 0)
             raise
         have = answer.get("ack")
         at = await self._acked(key, have if isinstance(have, int) else lo - 1, hi - lo + 1)
-        await self._heed(key.scope, answer)
+        if key.scope:
+            await self._heed(key.scope, answer)
         return at
+
+    async def _gone(self, key: Key, said: Said, hi: int) -> int:
+        """Drop what is held of a stream that the backend takes no more of."""
+        logger.warning("the backend takes no more of {}: {}", key.scope, said)
+        await self.uplink.dropped(key, str(said))
+        return hi
 
     async def _acked(self, key: Key, have: int, count: int) -> int:
         at = min(have, self.uplink.heads().get(key, have))
@@ -116,9 +158,7 @@ class HubDrain(Drain):
         return job.state not in TERMINAL
 
     async def look(self, job: Job) -> None:
-        token = await self.uplink.token(job.job_id)
-        if not token:
-            return
+        token = await token_of(self.client, self.uplink, job.job_id)
         path = f"{JOB}/logs".format(job_id=job.job_id)
         await self._heed(job.job_id, await self.client.call("POST", path, {"logs": []}, token=token))
 

@@ -23,6 +23,7 @@ from protocol.messages import (
     Ack,
     AgentMessage,
     Close,
+    Command,
     Data,
     Hello,
     JobSeen,
@@ -30,7 +31,7 @@ from protocol.messages import (
     Welcome,
 )
 from protocol.records import AnyRecord, Point, Schema
-from protocol.rest import CLAIM, HEADER_AGENT, HEADER_RANGE, HEADER_STREAM, JOB, JOBS
+from protocol.rest import CLAIM, HEADER_AGENT, HEADER_RANGE, HEADER_STREAM, JOB, JOBS, POLL, RECORDS
 from tests.support.scripted_agent import machine
 
 DEADLINE = 20.0
@@ -270,15 +271,42 @@ class Backend:
     ) -> httpx.Response:
         """Append records by REST, with ``more`` headers."""
         method, tail = (("PATCH", "status"), ("PUT", "metrics"), ("POST", "logs"))[lane]
+        key = job.token if token is None else token
+        return self._numbered(method, job.path(tail), key, f"{epoch}/{lane}", lo, records, hi, more)
+
+    def append_own(
+        self, agent: Someone, lo: int, *records: AnyRecord, key: str | None = None
+    ) -> httpx.Response:
+        """Append records of lane 0 of the agent's own stream."""
+        stream, named = f"{agent.epoch}/0", {HEADER_AGENT: agent.agent_id}
+        return self._numbered("POST", RECORDS, key or self.key, stream, lo, records, None, named)
+
+    def _numbered(
+        self,
+        method: str,
+        path: str,
+        token: str,
+        stream: str,
+        lo: int,
+        records: tuple[AnyRecord, ...],
+        hi: int | None,
+        more: dict[str, str],
+    ) -> httpx.Response:
         headers = {
-            "Authorization": f"Bearer {job.token if token is None else token}",
+            "Authorization": f"Bearer {token}",
             "Content-Type": "application/msgpack",
-            HEADER_STREAM: f"{epoch}/{lane}",
+            HEADER_STREAM: stream,
             HEADER_RANGE: f"{lo}-{lo + len(records) - 1 if hi is None else hi}",
             **more,
         }
         body = msgspec.msgpack.encode([msgspec.Raw(encode_record(record)) for record in records])
-        return self.http.request(method, job.path(tail), content=body, headers=headers)
+        return self.http.request(method, path, content=body, headers=headers)
+
+    def commands(self, agent: Someone) -> list[Command]:
+        """Poll, and return the commands that come along."""
+        answer = self.http.get(POLL, headers={HEADER_AGENT: agent.agent_id})
+        assert answer.status_code == 200, answer.text
+        return msgspec.convert(answer.json()["commands"], list[Command])
 
 
 def schema() -> Schema:

@@ -1,4 +1,4 @@
-"""C48 to C61: the routes that agents call."""
+"""C48 to C63: the routes that agents call."""
 
 import hashlib
 import time
@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from protocol.messages import SUBPROTOCOL_MSGPACK, Desired
-from protocol.records import JobStatus
+from protocol.records import CommandDone, JobStatus, Notice
 from protocol.rest import DATASET, HEADER_AGENT, HEADER_TOMB, POLL, UPLOAD
 from tests.contract.backend import Backend, Job, Someone, points, schema
 from tests.contract.test_streams import LOGS, lines, said
@@ -197,3 +197,34 @@ def test_c61_an_append_of_another_agent_is_refused(backend: Backend) -> None:
     assert backend.logs(job) == []
     mine = {HEADER_AGENT: agent.agent_id}
     assert backend.append(job, LOGS, agent.epoch, 1, *lines(1, 2), **mine).json()["ack"] == 2
+
+
+def test_c62_what_an_agent_says_of_itself_is_taken_with_the_api_key(backend: Backend) -> None:
+    agent = Someone()
+    first, second, third = (Notice(time.time(), "info", text) for text in ("one", "two", "three"))
+    for _ in range(2):
+        answer = backend.append_own(agent, 1, first, second)
+        assert (answer.status_code, answer.json()["ack"]) == (200, 2), answer.text
+    answer = backend.append_own(agent, 4, third)
+    assert (answer.status_code, answer.json()["ack"]) == (409, 2)
+    assert backend.append_own(agent, 3, third, key="wak_" + "0" * 32).status_code in (401, 403)
+
+    async def main() -> None:
+        async with backend.greeted(agent, agent.head(1, last=2)) as (_, at):
+            assert at == {1: 2}
+
+    anyio.run(main)
+
+
+def test_c63_a_command_is_in_each_answer_to_a_poll_until_it_is_answered(backend: Backend) -> None:
+    agent = Someone()
+    job = backend.job_of(agent)
+    backend.append(job, 0, agent.epoch, 1, JobStatus(time.time(), 1, "failed"))
+    assert backend.commands(agent) == []
+    backend.control(job, "retry")
+    (command,) = backend.commands(agent)
+    assert (command.kind, command.job_id) == ("retry", job.id)
+    assert backend.commands(agent) == [command] and backend.commands(Someone()) == []
+    done = CommandDone(time.time(), command.command_id, "done")
+    assert backend.append_own(agent, 1, done).status_code == 200
+    assert backend.commands(agent) == []

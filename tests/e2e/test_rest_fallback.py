@@ -55,6 +55,31 @@ def test_a_job_runs_and_is_steered_where_no_socket_can_be_had(tmp_path: Path, ma
         hub.stop()
 
 
+def test_a_quiet_job_is_retried_and_says_its_last_words_where_agents_poll(tmp_path: Path) -> None:
+    hub = Hub(tmp_path / "hub").start()
+    # It prints at its very end alone, when all else may have arrived.
+    job = hub.submit(fake_config("fail_at=5 until_attempt=1 shout_every=20", steps=20, save_steps=3))
+    settings = {"BACKEND_TRANSPORT": "poll", "GPU_MONITORING_INTERVAL_SECONDS": "1"}
+    agent = Agent(tmp_path / "agent", f"http://127.0.0.1:{hub.port}", **settings).start()
+    try:
+        assert hub.wait_state(job, "failed")["attempt"] == 1
+        # Away while it is asked for, which also spares the test a wait for the next poll.
+        assert agent.stop() == 0
+        hub.control(job, "retry")
+        agent.start()
+        assert hub.wait_state(job, "completed")["attempt"] == 2
+        wait_until(lambda: hub.logs(job) == ["step 20 of 20"], "the last words")
+        assert steps(hub, job) == list(range(1, 21))
+        wait_until(lambda: hub.get("/api/training/agents")["agents"][0]["figures"], "the machine's figures")
+        assert agent.stop() == 0
+        with sqlite3.connect(f"file:{agent.home / 'journal.sqlite'}?mode=ro", uri=True) as db:
+            left = db.execute("SELECT (SELECT count(*) FROM records), (SELECT count(*) FROM secrets)")
+            assert left.fetchone() == (0, 0)
+    finally:
+        agent.stop(signal.SIGKILL)
+        hub.stop()
+
+
 def test_each_record_goes_one_way_while_the_ways_change(tmp_path: Path) -> None:
     hub = Hub(tmp_path / "hub").start()
     try:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from protocol.codec import encode_record
-from protocol.records import JobStatus, LogChunk, Point, Schema
+from protocol.records import JobStatus, LogChunk, Notice, Point, Schema
 from protocol.rest import METRIC_NAMES
 from tests.hub.support import HubProcess, bearer, job_path, submit
 
@@ -243,7 +243,7 @@ def test_poll_and_claim_are_safe_to_repeat(client: httpx.Client) -> None:
     assert client.get("/api/training/agent/poll", headers={"X-Agent-ID": "me"}).status_code == 400
     headers = AGENT | {"X-Agent-Hostname": "pollbox", "X-Agent-Platform": "linux"}
     none = client.get("/api/training/agent/poll", headers=headers).json()
-    assert none.pop("records") == "finetunelab.agent.v1.msgpack"
+    assert none.pop("records") == "finetunelab.agent.v1.msgpack" and none.pop("commands") == []
     assert none == {"job": None, "poll_interval_seconds": 10, "message": "No pending jobs available"}
     job_id, token = submit(client)
     offered = client.get("/api/training/agent/poll", headers=headers).json()["job"]
@@ -294,3 +294,19 @@ def test_an_uploaded_data_set_reaches_the_agent_in_ranges(hub: HubProcess, clien
     assert part(f"bytes={len(content)}-").status_code == 416
     plain, other = submit(client)
     assert client.get(job_path(plain, "dataset"), headers=bearer(other)).status_code == 404
+
+
+def test_an_agents_own_records_need_its_id_and_their_numbers(client: httpx.Client) -> None:
+    body = msgspec.msgpack.encode([msgspec.Raw(encode_record(Notice(1.0, "info", "here")))])
+    numbered = {"X-Stream": "9/0", "X-Range": "1-1"}
+    path = "/api/training/agent/records"
+    for headers, said in (
+        (numbered, "Missing X-Agent-ID header"),
+        (numbered | {"X-Agent-ID": "somebody"}, "Invalid X-Agent-ID format. Expected: agent_xxxxx"),
+        (AGENT, "X-Stream and X-Range must number exactly the records sent."),
+        (AGENT | numbered | {"X-Range": "1-2"}, "X-Stream and X-Range must number exactly the records sent."),
+    ):
+        answer = client.post(path, content=body, headers=headers)
+        assert (answer.status_code, answer.json()["error"]) == (400, said)
+    assert client.post(path, content=b"\xc1", headers=AGENT | numbered).status_code == 400
+    assert client.post(path, content=body, headers=AGENT | numbered).json() == {"success": True, "ack": 1}

@@ -17,6 +17,10 @@ import pytest
 
 from agent.net.client import RestClient
 from agent.net.rest import HubDrain
+from protocol.messages import Lane
+from protocol.records import Figures
+from protocol.rest import RECORDS
+from protocol.session import Key
 from tests.hub.support import KEY, HubProcess, bearer, control, job_path, logs_of, status_of, submit
 from tests.net.kept import AGENT, Kept
 from tests.support.network import BadNetwork
@@ -185,6 +189,58 @@ def test_a_page_that_says_404_in_the_hubs_place_deletes_nothing(hub: HubProcess)
         gone.status("running")
         anyio.run(run, url, gone)
         assert gone.refused
+
+
+def test_what_is_printed_after_the_token_was_scrubbed_arrives(hub: HubProcess) -> None:
+    with hub.client() as client:
+        store = claimed(client)
+        token = store.tokens[store.job_id]
+        store.status("completed")
+        anyio.run(run, hub.url, store)
+        # All had arrived, so the token was deleted; then the end of the log is read.
+        store.tokens.clear()
+        store.print("Traceback (most recent call last):", "the last word")
+        anyio.run(run, hub.url, store)
+        assert logs_of(client, store.job_id)["logs"][-1] == "the last word"
+        assert store.tokens == {store.job_id: token}
+        # To the agent that another has taken the job from it is not given.
+        other = claimed(client, "agent_another01")
+        other.tokens.clear()
+        other.print("not mine")
+        anyio.run(run, hub.url, other)
+        assert {key.lane for key, _ in other.refused} == {0, 2} and not other.tokens
+
+
+def test_what_the_agent_says_of_itself_arrives(hub: HubProcess) -> None:
+    own = [Key(7, "", lane) for lane in Lane]
+    with hub.client() as client:
+        store = claimed(client)
+        store.say(own[Lane.CONTROL], "nothing ran here for 60 s")
+        store.add(own[Lane.METRICS], *(Figures(1e9 + second, {"cpu_percent": 5.0}) for second in range(20)))
+        anyio.run(run, hub.url, store)
+        agent = client.get(f"/api/training/agents/{AGENT}").json()["agent"]
+        assert agent["figures"] == {"cpu_percent": 5.0}
+        assert [note["text"] for note in agent["notes"]] == ["nothing ran here for 60 s"]
+
+
+def test_a_backend_without_a_place_for_figures_does_not_fill_the_disk_with_them(hub: HubProcess) -> None:
+    own = [Key(8, "", lane) for lane in Lane]
+    tries: list[bytes] = []
+
+    def older(method: str, path: str, body: bytes) -> tuple[int, bytes] | None:
+        if path != RECORDS or len(tries) > 3:
+            return None
+        tries.append(body)
+        return 404, b"Not Found"
+
+    with hub.client() as client, front(hub, older) as (url, _):
+        store = claimed(client)
+        store.add(own[Lane.METRICS], Figures(1e9, {"cpu_percent": 99.0}))
+        store.say(own[Lane.CONTROL], "kept until somebody takes it")
+        anyio.run(run, url, store)
+        agent = client.get(f"/api/training/agents/{AGENT}").json()["agent"]
+        assert agent["figures"] != {"cpu_percent": 99.0}
+        assert agent["notes"][-1]["text"] == "kept until somebody takes it"
 
 
 @pytest.mark.parametrize("status", [403, 500, 404])
