@@ -70,7 +70,10 @@ class Lines:
             if NO_LOGS not in str(error):
                 raise
             return 0, []
-        return int(page.get("total_lines") or 0), [str(line) for line in page.get("logs") or []]
+        total, lines = page.get("total_lines") or 0, page.get("logs") or []
+        if not isinstance(total, int) or not isinstance(lines, list):
+            raise Unclear(f"GET {path}: the answer is no page of a log")
+        return total, [str(line) for line in lines]
 
     async def _held(self, key: Key, memo: Memo, lines: list[str]) -> int:
         """Return how many of ``lines``, the next to be sent, the platform holds already."""

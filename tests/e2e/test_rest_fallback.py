@@ -99,6 +99,7 @@ def test_each_record_goes_one_way_while_the_ways_change(tmp_path: Path) -> None:
                 hub.wait_state(job, "completed")
                 wait_until(lambda: presence(hub) == "connected", "the socket at the end")
                 wait_until(lambda: len(steps(hub, job)) == 250, "the whole curve")
+                wait_until(lambda: hub.logs(job)[-1:] == ["step 250 of 250"], "the whole log")
                 assert agent.stop() == 0
                 assert steps(hub, job) == list(range(1, 251)) and stored(hub, job) == 250
                 own = (agent.home / "logs" / f"{job}.log").read_text().splitlines()

@@ -3,12 +3,17 @@
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
+from typing import Any
 
 import anyio
 import pytest
 
 from agent.net import client
 from agent.net.client import RestClient, RestError, Said, Unclear, Unreached
+from agent.net.hosted import Memo
+from agent.net.lines import Lines
+from protocol.messages import Lane
+from protocol.session import Key
 
 PAGE = b"<html><head><title>404 Not Found</title></head><body><hr>nginx/1.24.0</body></html>"
 
@@ -97,3 +102,20 @@ def test_an_answer_without_an_end_is_given_up(url: str, monkeypatch: pytest.Monk
 def test_what_fits_no_request_ends_nothing(url: str, path: str, token: str) -> None:
     error = ask(url, path, token=token)
     assert isinstance(error, Unreached) and "cannot be asked" in str(error)
+
+
+@pytest.mark.parametrize("body", [b'{"total_lines": "many", "logs": []}', b'{"total_lines": 1, "logs": 5}'])
+def test_a_page_of_a_log_that_is_none_is_asked_for_again(url: str, body: bytes) -> None:
+    _Canned.body = body
+
+    async def nobody(*_: object) -> dict[str, Any]:
+        raise AssertionError("nothing is appended to a log that cannot be read")
+
+    async def main() -> None:
+        rest = RestClient(url, key=lambda: "k", agent_id="agent_0123", user_agent="test", answer_within=5.0)
+        lines = Lines(rest, nobody, nobody, nobody)  # type: ignore[arg-type]  # none of them is called
+        with pytest.raises(Unclear, match="no page of a log"):
+            await lines.say(Key(7, "job", Lane.LOGS), Memo(), ["a line"])
+        await rest.close()
+
+    anyio.run(main)
