@@ -208,6 +208,8 @@ class Memo(msgspec.Struct, kw_only=True, omit_defaults=True):
     error: bool = False
     """Whether it shows an error."""
     carried: dict[str, Any] = {}
+    until: float = 0.0
+    """When nothing that was sent may still be stored any more, by the wall clock; 0 where all was answered."""
 
     def fresh(self, row: Mapping[str, Any]) -> bool:
         """Tell whether the platform lacks this point.

@@ -5,13 +5,12 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, ClassVar
 
-import anyio
 import msgspec
 from loguru import logger
 
 from agent.core.job import Job
 from agent.net import hosted
-from agent.net.client import RestClient, RestError, Said, Unclear, Unreached
+from agent.net.client import ANSWER_WITHIN, RestClient, RestError, Said, Unclear, Unreached
 from agent.net.drain import LOOK_EVERY, READ_BYTES, Drain, Store
 from agent.net.hosted import Memo
 from agent.net.lines import Lines
@@ -46,17 +45,21 @@ class PlatformDrain(Drain):
         uplink: Store,
         *,
         settle: float = SETTLE,
+        within: float = ANSWER_WITHIN,
         clock: Callable[[], float] = time.monotonic,
         look_every: float = LOOK_EVERY,
     ) -> None:
         super().__init__(client, uplink, clock, look_every)
         self._settle = settle
+        self._patience = within + settle
+        """Seconds after which nothing that was asked is stored any more: the answer's, and those to settle."""
         self._memos: dict[str, Memo] = {}
         self._names: dict[int, list[str]] = {}
         self._sure: set[str] = set()
         """Jobs whose last batch of points is known to be stored."""
         self._lines = Lines(client, self._append, self._settle_down, self._counted)
         self._unsettled: dict[str, float] = {}
+        """Until when what was sent of a job may still be stored there."""
         self._tries: dict[tuple[str, str], int] = {}
         self._written: dict[str, float] = {}
 
@@ -70,10 +73,24 @@ class PlatformDrain(Drain):
         if job_id not in self._memos:
             text = await self.uplink.noted(f"hosted:{job_id}")
             # A job that was claimed is running there.
-            self._memos[job_id] = msgspec.json.decode(text, type=Memo) if text else Memo(status="running")
+            memo = msgspec.json.decode(text, type=Memo) if text else Memo(status="running")
+            if (left := min(memo.until - time.time(), self._patience)) > 0:
+                # An earlier process had asked, and was killed or stopped before the answer.
+                self._unsettled[job_id] = self.clock() + left
+            self._memos[job_id] = memo
         return self._memos[job_id]
 
+    async def _keep(self, job_id: str, memo: Memo) -> None:
+        """Store what is remembered of a job beside its records."""
+        await self.uplink.note({f"hosted:{job_id}": msgspec.json.encode(memo).decode()})
+
+    def _until(self, job_id: str, least: float = 0.0) -> float:
+        """Return until when what was sent may still be stored there, by the clock that a next process has too."""
+        left = max(least, self._unsettled.get(job_id, 0.0) - self.clock())
+        return time.time() + left if left > 0 else 0.0
+
     async def _settled(self, key: Key, seq: int, memo: Memo, **notes: str) -> None:
+        memo.until = self._until(key.scope)
         text = msgspec.json.encode(memo).decode()
         await self.uplink.settled(key, seq, {f"hosted:{key.scope}": text, **notes})
         self._memos[key.scope] = memo
@@ -89,23 +106,39 @@ class PlatformDrain(Drain):
 
     async def _call(self, method: str, path: str, job_id: str, body: object) -> dict[str, Any]:
         """Call a route of the job's token. A token that is refused is asked for anew."""
+        token, memo = await self._token(job_id), await self._memo(job_id)
+        # On the disk before it is sent: who is killed before the answer must know of it.
+        memo.until = self._until(job_id, self._patience)
+        await self._keep(job_id, memo)
         try:
-            answer = await self.client.call(method, path, body, token=await self._token(job_id))
+            answer = await self.client.call(method, path, body, token=token)
         except Said as said:
             if said.status == 401:
                 fresh = await recovered(self.client, job_id)
                 await self.uplink.keep_token(job_id, fresh)
             raise
         except Unclear as error:
-            self._unsettled[job_id] = self.clock() + (self._settle if error.late else self._settle / 10)
+            self._doubt(job_id, self._settle if error.late else self._settle / 10)
+            memo.until = self._until(job_id)
+            await self._keep(job_id, memo)
+            raise
+        except Unreached:
+            raise
+        except BaseException:
+            # Cancelled: the socket has its turn, or the agent leaves.
+            self._doubt(job_id, self._patience)
             raise
         self._written[job_id] = self.clock()
         return answer
 
+    def _doubt(self, job_id: str, seconds: float) -> None:
+        self._unsettled[job_id] = max(self._unsettled.get(job_id, 0.0), self.clock() + seconds)
+
     async def _settle_down(self, job_id: str) -> None:
-        """Let pass the time in which the platform may still be storing what nobody answered."""
-        if (until := self._unsettled.pop(job_id, 0.0)) > self.clock():
-            await anyio.sleep(until - self.clock())
+        """Raise Unreached while the platform may still be storing what nobody answered: other jobs need not wait."""
+        if (left := self._unsettled.get(job_id, 0.0) - self.clock()) > 0:
+            raise Unreached(f"job {job_id}: what was sent last may still be stored", left)
+        self._unsettled.pop(job_id, None)
 
     # Records
 
@@ -135,9 +168,8 @@ class PlatformDrain(Drain):
                 case _:
                     return await self._logs(key, records, memo)
         except Said as said:
-            if said.status != 404:
-                raise
-            await self._status(key.scope)
+            if said.gone:
+                await self._status(key.scope)
             raise
 
     async def _metrics(self, key: Key, records: list[tuple[int, Any]], memo: Memo) -> int:
@@ -188,9 +220,10 @@ class PlatformDrain(Drain):
         while True:
             page = await self.client.get(f"{METRICS}?job_id={job_id}&limit={PAGE}&offset={offset}")
             rows = page.get("metrics")
-            rows = rows if isinstance(rows, list) else []
+            if not isinstance(rows, list):
+                raise Unclear(f"job {job_id}: the backend does not say which points it holds")
             for row in rows:
-                if isinstance(row.get("step"), int):
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
                     memo.holds(row)
             offset += len(rows)
             if len(rows) < PAGE:
@@ -220,7 +253,7 @@ class PlatformDrain(Drain):
         """Keep how many lines there were before the first of ours."""
         memo = self._memos[job_id]
         memo.lines = total
-        await self.uplink.note({f"hosted:{job_id}": msgspec.json.encode(memo).decode()})
+        await self._keep(job_id, memo)
 
     # States
 
@@ -332,7 +365,8 @@ class PlatformDrain(Drain):
         try:
             return await self.client.get(f"{JOB}/status".format(job_id=job_id))
         except Said as said:
-            if said.status == 404:
+            # A proxy says that a page is not found, and a host that a deployment is not.
+            if said.gone and "job" in said.error.lower():
                 logger.warning("job {} is not at the platform any more; it goes on here, unreported", job_id)
                 for key in [key for key in self.uplink.heads() if key.scope == job_id]:
                     await self.uplink.dropped(key, "the job was deleted there")
@@ -349,6 +383,6 @@ class PlatformDrain(Drain):
         memo.status = said
         memos = self._memos.setdefault(job_id, memo)
         memos.status = said
-        await self.uplink.note({f"hosted:{job_id}": msgspec.json.encode(memos).decode()})
+        await self._keep(job_id, memos)
         await self.uplink.desired(Desired(job_id, job.observed + 1, want.value))
         return True

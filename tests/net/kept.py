@@ -98,8 +98,10 @@ def client(platform: Platform, within: float = 5.0) -> RestClient:
     return RestClient(platform.url, key=lambda: KEY, agent_id=AGENT, user_agent="test", answer_within=within)
 
 
-def drain(rest: RestClient, store: Kept, settle: float = 0.0, **more: Any) -> PlatformDrain:
-    made = PlatformDrain(rest, store, settle=settle, **more)
+def drain(
+    rest: RestClient, store: Kept, settle: float = 0.0, within: float = 5.0, **more: Any
+) -> PlatformDrain:
+    made = PlatformDrain(rest, store, settle=settle, within=within, **more)
     made.aside = (0.02, 0.05)
     made.hurry()
     return made
@@ -107,7 +109,7 @@ def drain(rest: RestClient, store: Kept, settle: float = 0.0, **more: Any) -> Pl
 
 async def _deliver(platform: Platform, store: Kept, within: float, settle: float) -> None:
     rest = client(platform, within)
-    made = drain(rest, store, settle)
+    made = drain(rest, store, settle, within)
     empty = anyio.Event()
     store.on_change = lambda: None if sum(store.backlog()) else empty.set()
     with anyio.fail_after(60):

@@ -14,6 +14,7 @@ from protocol.rest import POLL
 from protocol.session import Key
 from tests.net.kept import Kept, client, deliver, drain, kept
 from tests.support.platform import Platform
+from tests.support.programs import wait_until
 
 
 def steps(platform: Platform, store: Kept) -> list[int]:
@@ -76,12 +77,14 @@ def test_too_many_requests_are_waited_out_for_the_platforms_minute() -> None:
 )
 def test_nothing_is_lost_or_doubled_under_any_mixture_of_faults_and_crashes(seed: int) -> None:
     chance = random.Random(seed)
-    kinds = ["lost", "dropped", "gateway", "500", "502", "", "", ""]
+    kinds = ["lost", "dropped", "gateway", "500", "502", "401", "page", "late", "slow", *[""] * 6]
+    within, settle = 0.25, 0.6
     with Platform(rate_limit=100_000) as platform:
+        platform.late = 0.4
         store = kept(platform)
         told: list[str] = []
         step = 0
-        for _ in range(12):
+        for number in range(9):
             for _ in range(chance.randrange(1, 120)):
                 step += 1
                 store.step(step)
@@ -95,20 +98,56 @@ def test_nothing_is_lost_or_doubled_under_any_mixture_of_faults_and_crashes(seed
             for route in ("metrics", "logs", "status", "jobs", "read-metrics", "read-logs"):
                 platform.fault(route, *chance.choices(kinds, k=2))
 
+            # Mostly killed at once, with something on its way; now and then there is time to wait for it.
+            patience = within + settle if number % 4 == 3 else chance.uniform(0.0, 0.15)
+
             async def for_a_while() -> None:
-                rest = client(platform)
-                with anyio.move_on_after(chance.uniform(0.0, 0.15)):
-                    await drain(rest, store).run()
+                rest = client(platform, within)
+                with anyio.move_on_after(patience):  # noqa: B023
+                    await drain(rest, store, settle, within).run()
                 await rest.close()
 
             anyio.run(for_a_while)
         platform._faults.clear()
-        deliver(platform, store)
+        deliver(platform, store, within, settle)
+        wait_until(lambda: not platform.at_work, "the platform to do what was given up")
         assert steps(platform, store) == list(range(1, step + 1)), seed
         log = platform.log[store.job_id]
         assert [line for line in log if not line.startswith("[agent]")] == told, seed
         notices = [line for line in log if line.startswith("[agent]")]
         assert len(notices) == len(set(notices)), seed
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_what_was_on_its_way_when_the_agent_left_is_waited_for(killed: bool) -> None:
+    with Platform() as platform:
+        platform.late = 0.8
+        store = kept(platform)
+        store.step(1)
+        store.print("one")
+        platform.fault("metrics", "late")
+        platform.fault("logs", "late")
+
+        async def run() -> None:
+            rest = client(platform)
+            made = drain(rest, store, 1.0, 1.0)
+            for route in ("metrics", "logs", ""):
+                with anyio.fail_after(20):
+                    async with anyio.create_task_group() as group:
+                        group.start_soon(made.run)
+                        # A server in a thread is watched: nothing here could be waited for.
+                        while not platform.seen[route] if route else sum(store.backlog()):  # noqa: ASYNC110
+                            await anyio.sleep(0.01)
+                        # Killed, or the socket has its turn.
+                        group.cancel_scope.cancel()
+                if killed:
+                    made = drain(rest, store, 1.0, 1.0)
+            await rest.close()
+
+        anyio.run(run)
+        wait_until(lambda: not platform.at_work, "the platform to do what was given up")
+        assert platform.faulted["late"] == 2
+        assert steps(platform, store) == [1] and platform.log[store.job_id] == ["one"]
 
 
 @pytest.mark.parametrize("fault", ["lost", "dropped"])
@@ -230,6 +269,29 @@ def test_a_token_that_is_lost_or_refused_is_asked_for_and_a_deleted_job_is_dropp
         store.print("x")
         deliver(platform, store)
         assert store.refused and row["id"] not in platform.rows, "an agent made a row"
+
+
+def test_a_page_of_the_platforms_host_deletes_nothing_and_its_own_word_does() -> None:
+    with Platform() as platform:
+        store = kept(platform)
+        store.step(1)
+        store.print("x")
+        for route in ("metrics", "logs", "read-status"):
+            platform.fault(route, "page", "page")
+        deliver(platform, store)
+        assert not store.refused
+        assert steps(platform, store) == [1] and platform.log[store.job_id] == ["x"]
+
+
+@pytest.mark.parametrize("said", [{"metrics": {"step": 1}}, {"metrics": ["x", {"step": None}, {"step": 1}]}])
+def test_rows_that_are_none_are_not_taken_for_points(said: dict[str, object]) -> None:
+    with Platform() as platform:
+        store = kept(platform)
+        store.step(1)
+        store.step(2)
+        platform.say("read-metrics", said)
+        deliver(platform, store)
+        assert steps(platform, store) == ([1, 2] if isinstance(said["metrics"], dict) else [2])
 
 
 async def _looked(platform: Platform, store: Kept, said: str) -> list[str]:

@@ -5,17 +5,13 @@ thread, on a real socket; a test looks into ``rows``, ``points`` and ``log`` dir
 """
 
 import secrets
-import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
-from typing import Any, Self
+from typing import Any
 
 import anyio
 import msgspec
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -31,17 +27,16 @@ from tests.support.platform_rows import (
     WRITABLE,
     Lost,
     Refused,
+    Served,
+    now,
+    offer,
     refusal,
 )
 
 __all__ = ["KEY", "LOG_CAP", "Platform"]
 
 
-def now() -> str:
-    return datetime.now(UTC).isoformat()
-
-
-class Platform:
+class Platform(Served):
     """A platform with one user. ``fault`` breaks the next requests of a route.
 
     Faults: "lost" (done, not answered), "dropped" (not done, not answered), "late" (not answered in time, done
@@ -60,6 +55,8 @@ class Platform:
         self.faulted: Counter[str] = Counter()
         self.key_calls: list[float] = []
         self.patches: list[tuple[str, str]] = []
+        self.at_work = 0
+        """Requests that are not finished, whoever has given them up."""
         self.writers = 0
         self.most_writers = 0
         """Log appends of one job that were in work at the same time, at most."""
@@ -67,36 +64,13 @@ class Platform:
         self.late = 1.5
         """Seconds by which "late" and "slow" miss the client's patience."""
         self.down = False
-        self.port = port
+        super().__init__(port)
         self._paused_allowed = paused_allowed
         self._rate_limit = rate_limit
         self._faults: dict[str, list[str]] = {}
-        self._thread: threading.Thread | None = None
-        self._server: uvicorn.Server | None = None
+        self._said: dict[str, dict[str, Any]] = {}
 
     # For tests
-
-    def __enter__(self) -> Self:
-        listener = socket.socket()
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", self.port))
-        self.port = listener.getsockname()[1]
-        config = uvicorn.Config(
-            self.app(), http="h11", ws="none", lifespan="off", log_config=None, timeout_graceful_shutdown=1
-        )
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        assert self._server is not None and self._thread is not None
-        self._server.should_exit = True
-        self._thread.join(timeout=20)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
     def submit(self, config: dict[str, Any], dataset_path: str = "fake/data", **row: Any) -> str:
         """Insert a pending job as the platform's page does."""
@@ -118,6 +92,10 @@ class Platform:
     def fault(self, route: str, *kinds: str) -> None:
         """Have the next requests of a route ("metrics", "status", "logs", "jobs", "claim", "poll") go wrong so."""
         self._faults.setdefault(route, []).extend(kinds)
+
+    def say(self, route: str, answer: dict[str, Any]) -> None:
+        """Have the next request of a route answered with this, whatever it did."""
+        self._said[route] = answer
 
     def pending_faults(self) -> int:
         return sum(len(kinds) for kinds in self._faults.values())
@@ -155,6 +133,13 @@ class Platform:
         self, name: str, do: Callable[[Request], Awaitable[dict[str, Any]]]
     ) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
+            self.at_work += 1
+            try:
+                return await serve(request)
+            finally:
+                self.at_work -= 1
+
+        async def serve(request: Request) -> Response:
             self.seen[name] += 1
             waiting = self._faults.get(name)
             kind = "down" if self.down else waiting.pop(0) if waiting else ""
@@ -179,7 +164,7 @@ class Platform:
                 await anyio.sleep(self.late)
             if kind == "gateway":
                 return Response("<h1>Bad gateway</h1>", 502)
-            return Lost() if kind == "lost" else JSONResponse(reply)
+            return Lost() if kind == "lost" else JSONResponse(self._said.pop(name, reply))
 
         return answer
 
@@ -216,11 +201,6 @@ class Platform:
             raise Refused(400, "Invalid X-Agent-ID format. Expected: agent_xxxxx")
         return agent
 
-    @staticmethod
-    def _offer(row: dict[str, Any]) -> dict[str, Any]:
-        names = ("id", "model_name", "dataset_path", "config", "total_epochs", "total_steps", "created_at")
-        return {name: row[name] for name in names}
-
     async def _poll(self, request: Request) -> dict[str, Any]:
         agent = self._agent(request)
         head = request.headers
@@ -240,7 +220,7 @@ class Platform:
             none = "No pending jobs available"
             return {"job": None, "poll_interval_seconds": self.poll_seconds, "message": none}
         oldest = min(waiting, key=lambda row: str(row["created_at"]))
-        return {"job": self._offer(oldest), "poll_interval_seconds": self.poll_seconds}
+        return {"job": offer(oldest), "poll_interval_seconds": self.poll_seconds}
 
     async def _claim(self, request: Request) -> dict[str, Any]:
         agent = self._agent(request)
@@ -252,7 +232,7 @@ class Platform:
         if row["status"] != "pending":
             raise Refused(409, f"Job is not available (status: {row['status']})", code="INVALID_STATUS")
         row |= {"agent_id": agent, "claimed_at": now(), "status": "running"}
-        return {"success": True, "job_token": row["job_token"], "job": self._offer(row)}
+        return {"success": True, "job_token": row["job_token"], "job": offer(row)}
 
     def _insert(self, row: dict[str, Any], metrics: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
         fresh = []

@@ -1,7 +1,12 @@
 """What the hosted platform's tables take, and how it says no."""
 
-from typing import Any
+import socket
+import threading
+from datetime import UTC, datetime
+from typing import Any, Self
 
+import uvicorn
+from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -67,6 +72,16 @@ WRITABLE = (
 LOG_CAP = 10_000
 
 
+def now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def offer(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what a poll and a claim show of a job."""
+    names = ("id", "model_name", "dataset_path", "config", "total_epochs", "total_steps", "created_at")
+    return {name: row[name] for name in names}
+
+
 class Refused(Exception):
     """An answer other than 200."""
 
@@ -80,6 +95,40 @@ class Lost(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9999")]})
+
+
+class Served:
+    """An app on a real socket, in a thread."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self._thread: threading.Thread | None = None
+        self._server: uvicorn.Server | None = None
+
+    def app(self) -> Starlette:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", self.port))
+        self.port = listener.getsockname()[1]
+        config = uvicorn.Config(
+            self.app(), http="h11", ws="none", lifespan="off", log_config=None, timeout_graceful_shutdown=1
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        assert self._server is not None and self._thread is not None
+        self._server.should_exit = True
+        self._thread.join(timeout=20)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
 
 def refusal(kind: str) -> Response | None:
