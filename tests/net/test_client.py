@@ -1,5 +1,6 @@
 """The REST client: whose word an answer is, and what it holds of one that is no answer."""
 
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -23,7 +24,9 @@ class _Canned(BaseHTTPRequestHandler):
 
     status = 200
     body = b"{}"
-    endless = False
+    endless = 0
+    pause = 0.0
+    """Bytes that are sent again and again, and seconds between them."""
 
     def do_GET(self) -> None:
         self.send_response(self.status)
@@ -33,7 +36,8 @@ class _Canned(BaseHTTPRequestHandler):
         try:
             self.wfile.write(self.body)
             while self.endless:
-                self.wfile.write(bytes(1 << 16))
+                self.wfile.write(bytes(self.endless))
+                time.sleep(self.pause)
         except OSError:
             pass  # whoever asked has heard enough
 
@@ -43,7 +47,7 @@ class _Canned(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    _Canned.status, _Canned.body, _Canned.endless = 200, b"{}", False
+    _Canned.status, _Canned.body, _Canned.endless, _Canned.pause = 200, b"{}", 0, 0.0
     with ThreadingHTTPServer(("127.0.0.1", 0), _Canned) as server:
         thread = Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -52,13 +56,16 @@ def url() -> Iterator[str]:
         thread.join()
 
 
-def ask(url: str, path: str = "/any", **more: str) -> RestError | None:
+def ask(url: str, path: str = "/any", within: float = 5.0, **more: str) -> RestError | None:
     """Ask once and return what came of it."""
 
     async def one() -> RestError | None:
-        rest = RestClient(url, key=lambda: "k", agent_id="agent_0123", user_agent="test", answer_within=5.0)
+        rest = RestClient(
+            url, key=lambda: "k", agent_id="agent_0123", user_agent="test", answer_within=within
+        )
         try:
-            await rest.call("GET", path, **more)
+            with anyio.fail_after(20):
+                await rest.call("GET", path, **more)
         except RestError as error:
             return error
         finally:
@@ -92,10 +99,16 @@ def test_only_the_backend_itself_says_that_a_job_is_gone(
 
 def test_an_answer_without_an_end_is_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "ANSWER_MOST", 1 << 20)
-    _Canned.endless = True
+    _Canned.endless = 1 << 16
     error = ask(url)
     # What was asked for may have been done all the same.
     assert isinstance(error, Unclear) and "larger than 1048576 bytes" in str(error)
+
+
+def test_an_answer_that_comes_byte_by_byte_is_not_waited_for_for_ever(url: str) -> None:
+    _Canned.endless, _Canned.pause = 1, 0.01
+    error = ask(url, within=0.05)
+    assert isinstance(error, Unclear) and error.late
 
 
 @pytest.mark.parametrize(("path", "token"), [("/a\x00b", "t"), ("/any", "gêne")])
