@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from agent.hub import jobs
 from agent.hub.errors import StreamRefused
-from agent.hub.ingest import owned, position
+from agent.hub.ingest import WHOLE, owned, position
 from agent.hub.model import Agent
 from agent.hub.store import Db
 from agent.hub.tables import find_agent, find_job, live_jobs_of, save_agent, save_job
@@ -68,7 +68,7 @@ def greet(db: Db, hello: Hello, keys: list[Key], now: float, connected: bool) ->
 def _wanted(db: Db, agent: Agent, hello: Hello, answer: Greeting) -> None:
     for seen in hello.jobs:
         job = find_job(db, seen.job_id)
-        if job is None or job.agent_id != agent.id:
+        if job is None or job.agent_id != agent.id or seen.observed > WHOLE:
             continue
         if not job.taken or seen.observed > job.observed:
             job.taken = True

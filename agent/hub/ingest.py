@@ -33,7 +33,8 @@ from protocol.records import (
 from protocol.session import Key
 
 WHOLE = 2**53
-"""Above this a number of a step, an attempt or an offset is a defect of the sender."""
+"""Above this a number of a step, an attempt, a version or an offset is a defect of the sender."""
+SIZES = ("step", "attempt", "offset", "size", "schema_id", "observed")
 
 
 class Gap(Exception):
@@ -132,7 +133,7 @@ def _sound(record: AnyRecord) -> bool:
         return (
             -WHOLE <= record.step <= WHOLE and -WHOLE <= record.attempt <= WHOLE and record.schema_id <= WHOLE
         )
-    numbers = [getattr(record, name, 0) for name in ("step", "attempt", "offset", "size", "schema_id")]
+    numbers = [getattr(record, name, 0) for name in SIZES]
     return all(-WHOLE <= value <= WHOLE for value in numbers)
 
 

@@ -178,12 +178,17 @@ def control(
                 job.state = advance(job.state, trigger)
                 job.by = "user"
                 job.completed_at = now if job.state in TERMINAL else None
-    job.version += 1
+    job.version = _next_version(job)
     job.checkpoint = checkpoint
     job.accept_changes = accept_changes and action in ("resume", "retry", "stop")
     job.updated_at = now
     save_job(db, job)
     return job
+
+
+def _next_version(job: Job) -> int:
+    """Return a version that the agent has not seen, also where this hub comes from a backup."""
+    return max(job.version, job.observed) + 1
 
 
 def _retry(db: Db, job: Job, now: float, checkpoint: str, accept_changes: bool) -> None:
@@ -200,7 +205,8 @@ def _retry(db: Db, job: Job, now: float, checkpoint: str, accept_changes: bool) 
         args: dict[str, str | int | float] = {"checkpoint": checkpoint} if checkpoint else {}
         if accept_changes:
             args["accept_changes"] = 1
-        command = Command(f"{job.id}/retry/{job.version + 1}", CommandKind.RETRY, job.id, args=args)
+        # Not counted: a hub that comes from a backup would use a number again, and the agent would repeat its answer.
+        command = Command(f"{job.id}/retry/{secrets.token_hex(8)}", CommandKind.RETRY, job.id, args=args)
         db.execute(
             "INSERT OR REPLACE INTO commands (id, agent_id, job, kind, created_at, body) VALUES (?,?,?,?,?,?)",
             (command.command_id, job.agent_id, job.id, command.kind, now, msgspec.msgpack.encode(command)),
@@ -233,7 +239,7 @@ def update_parameters(db: Db, job_id: str, body: Mapping[str, Any], now: float) 
     job.parameters = msgspec.structs.replace(job.parameters, **asked)
     job.parameter_updates = [*job.parameter_updates, {**asked, "requested_at": now}]
     job.last_parameter_update_at = now
-    job.version += 1
+    job.version = _next_version(job)
     job.updated_at = now
     save_job(db, job)
     return job

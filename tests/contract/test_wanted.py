@@ -76,8 +76,15 @@ def test_c34_a_change_is_said_at_once_with_a_higher_version(backend: Backend) ->
                 lo = 2 if action == "pause" else 4
                 await line.data(1, lo, *states(*said))
                 await line.acked(1, lo + len(said) - 1)
+            # A backend that comes from a backup has forgotten versions that the agent has seen.
+            await line.data(1, 5, JobStatus(time.time(), 1, "running", observed=version + 20))
+            await line.acked(1, 5)
+            backend.control(job, "pause")
+            version = (await wanted(line, job, version + 21)).version
+        seen = JobSeen(job.id, 1, "running", version + 20)
+        async with backend.greeted(agent, jobs=(seen,)) as (line, _):
             backend.control(job, "cancel")
-            assert (await wanted(line, job, version + 1)).want == "cancel"
+            assert (await wanted(line, job, version + 21)).want == "cancel"
 
     anyio.run(main)
 

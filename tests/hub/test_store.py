@@ -1,6 +1,7 @@
 """What survives: a hub killed in the middle of everything loses nothing and doubles nothing."""
 
 import random
+import shutil
 import signal
 import sqlite3
 import time
@@ -11,7 +12,9 @@ import pytest
 
 from agent.hub.errors import StoreFailed
 from agent.hub.store import Store
+from protocol.messages import JobSeen
 from protocol.records import JobStatus, LogChunk, Point, Schema
+from protocol.rest import CLAIM, HEADER_AGENT
 from tests.hub.support import HubProcess, job_path, submit
 from tests.support.scripted_agent import ScriptedAgent
 
@@ -182,3 +185,39 @@ def test_many_writes_share_a_commit(tmp_path: Path) -> None:
             store.close()
 
     anyio.run(main)
+
+
+def test_a_hub_that_comes_from_a_backup_is_heard(tmp_path: Path) -> None:
+    agent_id = "agent_backup1"
+
+    async def retried() -> tuple[str, int]:
+        """Let the job fail and be retried; return the command's id and the version after it."""
+        agent = ScriptedAgent(hub.url, hub.key, agent_id)
+        agent.boot, agent.jobs = int(time.monotonic() * 1000), [JobSeen(job_id, 1, "running", seen)]
+        async with agent.connected():
+            await agent.until_wanted(job_id)
+            agent.add(JobStatus(time.time(), 1, "running"), job_id)
+            agent.add(JobStatus(time.time(), 1, "failed"), job_id)
+            await agent.until_acked()
+            with hub.client() as client:
+                client.post(job_path(job_id, "control"), json={"action": "retry"})
+            await agent.until(lambda: bool(agent.commands))
+            version = (await agent.until_wanted(job_id, version=seen + 1)).version
+        return agent.commands[0].command_id, version
+
+    seen = 0
+    with HubProcess(tmp_path / "hub") as hub, hub.client() as client:
+        job_id, _ = submit(client)
+        taken = client.post(CLAIM.format(job_id=job_id), headers={HEADER_AGENT: agent_id})
+        assert taken.status_code == 200
+        hub.kill()
+        shutil.copytree(tmp_path / "hub", tmp_path / "backup")
+        hub.start()
+        first, seen = anyio.run(retried)
+        hub.kill()
+        shutil.rmtree(tmp_path / "hub")
+        shutil.copytree(tmp_path / "backup", tmp_path / "hub")
+        hub.start()
+        again, version = anyio.run(retried)
+    assert again != first
+    assert version == seen + 1

@@ -120,7 +120,7 @@ def filled(statement: str, values: dict[str, str]) -> str:
 
 
 def test_the_tables_and_statements_hold_in_postgresql(sql: Callable[[str], str]) -> None:
-    tables, hello, data = re.findall(r"```sql\n(.*?)```", TEXT, re.DOTALL)
+    tables, hello, change, data = re.findall(r"```sql\n(.*?)```", TEXT, re.DOTALL)
     sql(tables)
     sql("CREATE TABLE points_all PARTITION OF points DEFAULT")
     who = {
@@ -134,6 +134,9 @@ def test_the_tables_and_statements_hold_in_postgresql(sql: Callable[[str], str])
     sql(filled(first + " VALUES ($user, $agent, $install, 1, 5, $machine, now())", who))
     for boot, attempt, taken in ((1, 6, "1"), (1, 6, ""), (1, 4, ""), (2, 1, "1"), (1, 9, "")):
         assert sql(filled(hello, {**who, "boot": str(boot), "attempt": str(attempt)})) == taken
+    job = "INSERT INTO jobs (id, user_id, config, dataset_path, token_hash, state, caused_by, detail, version, observed)"
+    sql(filled(job + " VALUES ('job', $user, '{}', '', '', 'running', '', '', 3, 7)", who))
+    assert [sql(filled(change, {"1": "'job'", "want": "'pause'"})) for _ in range(2)] == ["8", "9"]
     points = [
         {
             "attempt": attempt,
