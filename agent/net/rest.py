@@ -54,14 +54,17 @@ async def carry_out(client: RestClient, uplink: Store, answer: Mapping[str, Any]
         except msgspec.ValidationError as error:
             logger.warning("a command of the backend cannot be read: {}", error)
             continue
-        if command.kind == CommandKind.RETRY and command.job_id in uplink.jobs():
-            try:
-                # On the socket DESIRED brings it before; data sets are fetched with it.
+        again = command.kind == CommandKind.RETRY and command.job_id in uplink.jobs()
+        try:
+            # On the socket DESIRED brings it before; data sets are fetched with it.
+            if again:
                 await token_of(client, uplink, command.job_id)
-            except RestError as error:
-                logger.info("job {} is not begun again yet: {}", command.job_id, error)
-                continue
-        await uplink.commanded(command)
+            await uplink.commanded(command)
+            # The last word of the job's end may have been acknowledged between the two, and the token scrubbed.
+            if again:
+                await token_of(client, uplink, command.job_id)
+        except RestError as error:
+            logger.info("the token of job {} cannot be had now: {}", command.job_id, error)
 
 
 class HubDrain(Drain):

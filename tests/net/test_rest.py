@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from agent.net.client import RestClient
-from agent.net.rest import HubDrain
+from agent.net.rest import HubDrain, carry_out
 from protocol.messages import Lane
 from protocol.records import Figures
 from protocol.rest import RECORDS
@@ -209,6 +209,29 @@ def test_what_is_printed_after_the_token_was_scrubbed_arrives(hub: HubProcess) -
         other.print("not mine")
         anyio.run(run, hub.url, other)
         assert {key.lane for key, _ in other.refused} == {0, 2} and not other.tokens
+
+
+def test_a_retry_that_comes_with_a_poll_finds_its_token_again(hub: HubProcess) -> None:
+    with hub.client() as client:
+        store = claimed(client)
+        token = store.tokens.pop(store.job_id)
+        said = [
+            None,
+            [8],
+            ["8", "c", "retry"],
+            [8, "c-1", "retry", store.job_id],
+            [8, "c-2", "save_now", "x"],
+        ]
+
+        async def poll(answer: dict[str, Any]) -> None:
+            rest = RestClient(hub.url, key=lambda: KEY, agent_id=AGENT, user_agent="test")
+            await carry_out(rest, store, answer)
+            await rest.close()
+
+        for commands in (said, None, "none"):
+            anyio.run(poll, {"commands": commands})
+        assert [command.command_id for command in store.commands] == ["c-1", "c-2"]
+        assert store.tokens == {store.job_id: token}
 
 
 def test_what_the_agent_says_of_itself_arrives(hub: HubProcess) -> None:
