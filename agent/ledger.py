@@ -1,7 +1,7 @@
 """What is written down before it is done: jobs and outgoing records, in one transaction each."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import anyio
@@ -22,6 +22,8 @@ OVER_QUOTA = (
     "and log lines stay on the machine."
 )
 
+DROPPED = "dropped:"
+
 job_encoder = msgspec.msgpack.Encoder()
 job_decoder: msgspec.msgpack.Decoder[Job] = msgspec.msgpack.Decoder(Job)
 
@@ -40,6 +42,10 @@ class Batch:
     """Devices given to jobs by this batch."""
     freed: set[str] = field(default_factory=set)
     """Jobs whose process is gone."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """How many log lines of a job are left out and untold once this is committed."""
+    told: set[str] = field(default_factory=set)
+    """Jobs whose user is told here that the outbox is over its quota."""
 
 
 class Ledger:
@@ -55,10 +61,12 @@ class Ledger:
         self.drained = anyio.Event()
         """Set when everything is acknowledged; who waits puts a new one here first."""
         self.on_append: Callable[[], None] = lambda: None
+        self.open_logs: set[str] = set()
+        """Jobs that have had a process since their log was last read to its end: more of it is to be sent."""
         self._outbox_bytes = outbox_bytes
         self._clock = clock
         self._dropped: dict[str, int] = {}
-        """Log lines of each job that were left out since the last that was kept."""
+        """Log lines of each job that were left out since the last that was kept; the journal has it too."""
         self._told: set[str] = set()
 
     async def load(self, epoch: int) -> list[Job]:
@@ -68,6 +76,8 @@ class Ledger:
         for stream in await self.journal.read(lambda rows: rows.streams()):
             self.heads[Key(stream.epoch, stream.scope, stream.lane)] = stream.last
         self.count(await self.journal.read(lambda rows: rows.backlog()))
+        left_out = await self.journal.read(lambda rows: rows.metas(DROPPED))
+        self._dropped = {scope: int(count) for scope, count in left_out.items() if count != "0"}
         return [job_decoder.decode(body) for _, body in await self.journal.read(lambda rows: rows.all_jobs())]
 
     def count(self, backlog: dict[int, tuple[int, int]]) -> None:
@@ -78,33 +88,42 @@ class Ledger:
             self.drained.set()
 
     def append(self, batch: Batch, scope: str, lane: int, record: AnyRecord) -> None:
-        """Add a record to a batch. Over the quota log lines are counted in place of kept."""
-        if lane != Lane.CONTROL and self.over_quota:
-            if not self._keep(batch, scope, record):
-                return
-        else:
+        """Add a record to a batch. Over the quota log lines are counted in place of kept.
+
+        A log chunk without lines is kept all the same: it says how many were not.
+        """
+        logs = record if isinstance(record, LogChunk) else None
+        dropped = self.left_out(scope, batch) if logs else 0
+        if lane != Lane.CONTROL and self.over_quota and not (logs and not logs.lines):
+            self._tell(batch, scope)
+            if logs:
+                batch.dropped[scope] = dropped + logs.dropped + len(logs.lines)
+            return
+        if not self.over_quota:
             self._told.discard(scope)
-            if isinstance(record, LogChunk) and (dropped := self._dropped.pop(scope, 0)):
-                record = msgspec.structs.replace(record, dropped=record.dropped + dropped)
+        if logs and dropped:
+            record = msgspec.structs.replace(logs, dropped=logs.dropped + dropped)
+            batch.dropped[scope] = 0
         batch.appends.append((scope, int(lane), admit(record)))
+
+    def left_out(self, scope: str, batch: Batch | None = None) -> int:
+        """Return how many log lines of a job were left out and nobody was told yet."""
+        known = self._dropped.get(scope, 0)
+        return batch.dropped.get(scope, known) if batch else known
 
     def append_points(self, batch: Batch, scope: str, points: list[Point]) -> None:
         """Add points of a job, merged already where the outbox is over its quota; see `agent.core.merging`."""
         if points and self.over_quota:
-            self._keep(batch, scope, points[0])
+            self._tell(batch, scope)
         lane = int(Lane.METRICS)
         batch.appends += [(scope, lane, admit(point)) for point in points]
 
-    def _keep(self, batch: Batch, scope: str, record: AnyRecord) -> bool:
-        """Tell whether a record is kept although the outbox is full; say once that not all are."""
-        if scope and scope not in self._told:
-            self._told.add(scope)
-            batch.appends.append(
-                (scope, int(Lane.CONTROL), admit(Notice(self._clock(), "warning", OVER_QUOTA)))
-            )
-        if isinstance(record, LogChunk):
-            self._dropped[scope] = self._dropped.get(scope, 0) + record.dropped + len(record.lines)
-        return False
+    def _tell(self, batch: Batch, scope: str) -> None:
+        """Say once that not everything of a job is kept."""
+        if scope and scope not in self._told and scope not in batch.told:
+            batch.told.add(scope)
+            notice = Notice(self._clock(), "warning", OVER_QUOTA)
+            batch.appends.append((scope, int(Lane.CONTROL), admit(notice)))
 
     @property
     def over_quota(self) -> bool:
@@ -124,6 +143,8 @@ class Ledger:
                 tx.mark_event(job_id, attempt, number)
             if batch.points:
                 tx.put_points(batch.points)
+            for scope, count in batch.dropped.items():
+                tx.set_meta(DROPPED + scope, str(count))
             if also is not None:
                 also(tx)
             return [tx.append_all(*key, bodies) for key, bodies in streams.items()]
@@ -132,7 +153,18 @@ class Ledger:
         for scope, lane, body in batch.appends:
             streams.setdefault((scope, lane), []).append(body)
         numbers = await self.journal.write(change)
+        # Not before: of a batch that did not fit the disk nothing has happened, and it comes again.
+        self._dropped |= batch.dropped
+        self._told |= batch.told
         for ((scope, lane), bodies), number in zip(streams.items(), numbers, strict=True):
             self.heads[Key(self.epoch, scope, lane)] = number
             self.backlog[lane][0] += len(bodies)
             self.backlog[lane][1] += sum(map(len, bodies))
+
+
+def scrub_told(tx: Tx, ended: Iterable[str]) -> None:
+    """Delete the tokens of those of the ended jobs whose last word has arrived: they serve for nothing any more."""
+    waiting = {one.scope for one in tx.streams() if one.last >= one.first}
+    for job_id in ended:
+        if job_id not in waiting:
+            tx.scrub_secrets(job_id)

@@ -4,17 +4,19 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 
 import anyio
+import msgspec
 from loguru import logger
 
 from agent.core.control import desire, offered, order_for, retried
 from agent.core.job import Job
 from agent.desk import JobDesk
 from agent.errors import NotPossible, UnknownJob
+from agent.ledger import scrub_told
 from agent.runtime.journal import Tx
 from protocol.codec import decode_record, encode_record
 from protocol.failures import FailureReason, failure
 from protocol.fields import Values
-from protocol.jobspec import BadSpec
+from protocol.jobspec import BadSpec, JobId
 from protocol.lifecycle import TERMINAL, JobState, Want
 from protocol.messages import Command, CommandKind, Desired, Hello, JobSeen, Lane, Machine, StreamHead
 from protocol.records import CommandDone, Snapshot
@@ -80,6 +82,18 @@ class JournalUplink:
             jobs,
         )
 
+    async def outrun(self, boot: int, attempt: int) -> None:
+        if (boot, attempt) <= (self._boot, self._dials):
+            return
+        logger.warning(
+            "start {} of this agent is known to the backend and this is start {}: its disk was restored from an older "
+            "image; counting on from there",
+            boot,
+            self._boot,
+        )
+        self._boot, self._dials = boot + 1, 0
+        await self._desk.ledger.journal.write(lambda tx: tx.set_meta("boot", str(boot + 1)))
+
     async def read(self, key: Key, after: int, max_bytes: int) -> list[tuple[int, bytes | None]]:
         return await self._desk.ledger.journal.read(
             lambda rows: rows.records(key.epoch, key.scope, key.lane, after, READ_RECORDS, max_bytes)
@@ -101,15 +115,16 @@ class JournalUplink:
 
     async def _trim(self, key: Key, seq: int, notes: Mapping[str, str] | None = None) -> None:
         job = self._desk.jobs.get(key.scope)
-        ended = job is not None and job.state in TERMINAL
+        # A job that has ended may have printed what is not even in the journal yet.
+        open_ = key.scope in self._desk.held or key.scope in self._desk.ledger.open_logs
+        ended = job is not None and job.state in TERMINAL and not open_
 
         def trim(tx: Tx) -> dict[int, tuple[int, int]]:
             tx.trim(key.epoch, key.scope, key.lane, seq)
             for name, value in (notes or {}).items():
                 tx.set_meta(name, value)
-            if ended and not any(one.scope == key.scope and one.last >= one.first for one in tx.streams()):
-                # The job has ended and its last word has arrived: its token serves for nothing any more.
-                tx.scrub_secrets(key.scope)
+            if ended:
+                scrub_told(tx, [key.scope])
             return tx.backlog()
 
         backlog = await self._desk.ledger.journal.write(trim)
@@ -166,6 +181,16 @@ class JournalUplink:
                 await self._desk.append(job.job_id, Lane.CONTROL, [snapshot])
 
     async def desired(self, message: Desired) -> None:
+        try:
+            msgspec.convert(message.job_id, JobId)
+        except msgspec.ValidationError:
+            # It names files and folders. Not even refused: a refusal is a job under that id.
+            logger.warning(
+                "the backend offers a job {!r}, which cannot be a job id, so it is ignored: letters, digits, "
+                '"_", "." and "-" only, the first a letter or digit, 128 at most',
+                message.job_id[:80],
+            )
+            return
         now = self._clock()
         if message.job_id in self._desk.jobs:
             await self._keep_token(message)
@@ -269,13 +294,20 @@ class JournalUplink:
                     ),
                 )
             elif kind is CommandKind.SEND_LOG:
-                await self._send_log(message.job_id, int(message.args.get("offset", 0)))
+                offset = int(message.args.get("offset", 0))
+                if offset < 0:
+                    raise NotPossible(f"A log begins at offset 0; {offset} is before it.")
+                await self._send_log(message.job_id, offset)
             else:
                 await self._desk.change(
                     message.job_id, lambda job: (job, [order_for(kind, message.command_id, job)])
                 )
         except (NotPossible, UnknownJob, ValueError, OverflowError) as error:
             return CommandDone(now, message.command_id, "refused", str(error))
+        except OSError as error:
+            return CommandDone(
+                now, message.command_id, "refused", f"The job's log cannot be read: {error.strerror}."
+            )
         return CommandDone(now, message.command_id, "done")
 
 

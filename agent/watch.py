@@ -1,6 +1,8 @@
 """Looks at the machine and at the logs of running jobs, and reports what it sees."""
 
+import contextlib
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import anyio
@@ -13,17 +15,21 @@ from agent.core.outbox import chunks
 from agent.core.ports import LogPage
 from agent.desk import JobDesk
 from agent.errors import NotPossible
+from agent.ledger import scrub_told
 from agent.runtime import devices
 from agent.runtime.journal import JournalFull, Tx
 from agent.runtime.logs import Chunk, LogTail, read_lines
 from agent.runtime.redact import Redactor
+from agent.runtime.workspace import NotThere, OutsideFolder, resolve_under
 from protocol.fields import Values
 from protocol.jobspec import RUNNABLE
-from protocol.lifecycle import HAS_WORKER
+from protocol.lifecycle import HAS_WORKER, TERMINAL
 from protocol.messages import Lane, Machine
 from protocol.records import Figures, LogChunk
 from protocol.version import AGENT_VERSION
 
+PLACE = "log:"
+"""Begins the name under which the journal has the byte up to which a job's log was sent."""
 LOG_EVERY = 1.0
 """Seconds between looks at the logs of running jobs."""
 GPU_FREE_WITHIN = 15.0
@@ -42,8 +48,8 @@ class Watch:
         self._settings = settings
         self._redactor = redactor
         self._tails: dict[str, LogTail] = {}
-        self._printing: set[str] = set()
-        """Jobs that have had a process since their log was last read to its end."""
+        self._reading: defaultdict[str, anyio.Lock] = defaultdict(anyio.Lock)
+        """Held while a job's log is read and sent: a tail has one reader, and a wish of the backend is another."""
         self._looking = anyio.Lock()
         self._paths = [settings.checkpoints_dir, settings.models_dir, settings.agent_home]
 
@@ -118,48 +124,90 @@ class Watch:
     def printing(self, job: Job) -> None:
         """Note that a job has a process: its log is read, however short it lives."""
         if job.state in HAS_WORKER:
-            self._printing.add(job.job_id)
+            self._desk.ledger.open_logs.add(job.job_id)
 
     async def follow_logs(self) -> None:
         """Send what running jobs print, for ever; what a job printed last is sent after its end."""
+        try:
+            await self.reopen()
+        except JournalFull as error:
+            logger.warning("what an earlier agent left of logs and tokens has to wait for a start: {}", error)
         while True:
-            for job_id in list(self._printing):
-                ended = job_id not in self._desk.held
-                try:
-                    await self._send_new(job_id, ended=ended)
-                except (OSError, JournalFull) as error:
-                    # Read again from where the journal says it was sent up to.
-                    logger.warning("the log of job {} cannot be sent now: {}", job_id, error)
-                    self._tails.pop(job_id, None)
-                    if not isinstance(error, JournalFull):
-                        self._printing.discard(job_id)
-                    continue
-                if ended and job_id not in self._desk.held:
-                    self._printing.discard(job_id)
+            await self.look_at_logs()
             await anyio.sleep(LOG_EVERY)
 
-    async def _send_new(self, job_id: str, *, ended: bool = False) -> None:
+    async def look_at_logs(self) -> None:
+        """Send what jobs have printed since the last look."""
+        open_logs = self._desk.ledger.open_logs
+        for job_id in list(open_logs):
+            ended = job_id not in self._desk.held
+            try:
+                await self._send_new(job_id, ended=ended)
+                if ended and job_id not in self._desk.held:
+                    open_logs.discard(job_id)
+                    await self._forget_token(job_id)
+            except (OSError, JournalFull, NotPossible) as error:
+                # Read again from where the journal says it was sent up to.
+                logger.warning("the log of job {} cannot be sent now: {}", job_id, error)
+                self._tails.pop(job_id, None)
+                if isinstance(error, JournalFull):
+                    open_logs.add(job_id)
+                else:
+                    open_logs.discard(job_id)
+
+    async def reopen(self) -> None:
+        """Read on where an agent was killed after a job's end and before that of its log."""
+        ledger = self._desk.ledger
+        places = await ledger.journal.read(lambda rows: rows.metas(PLACE))
+        ended = [job for job in self._desk.jobs.values() if job.from_backend and job.state in TERMINAL]
+        for job in ended:
+            place = int(places.get(job.job_id) or 0)
+            # What never had a place printed nothing that was seen, or its owner kept it.
+            if ledger.left_out(job.job_id) or (
+                place and await anyio.to_thread.run_sync(self._size, job) > place
+            ):
+                ledger.open_logs.add(job.job_id)
+        told = [job.job_id for job in ended if job.job_id not in ledger.open_logs]
+        await ledger.journal.write(lambda tx: scrub_told(tx, told))
+
+    def _size(self, job: Job) -> int:
+        with contextlib.suppress(OSError, NotPossible):
+            return self._path(job.job_id).stat().st_size
+        return 0
+
+    async def _forget_token(self, job_id: str) -> None:
+        job = self._desk.jobs.get(job_id)
+        if job is not None and job.from_backend and job.state in TERMINAL:
+            # Nothing may be left to be acknowledged, which is when it goes otherwise.
+            await self._desk.ledger.journal.write(lambda tx: scrub_told(tx, [job_id]))
+
+    async def _send_new(self, job_id: str, *, ended: bool = False, since: int | None = None) -> None:
+        """Send what a job printed, from byte ``since`` on where that is given."""
         job = self._desk.jobs.get(job_id)
         if job is None or not job.from_backend or not self._settings.share_logs:
             return
-        tail = self._tails.get(job_id)
-        if tail is None:
-            start = await self._desk.ledger.journal.read(lambda rows: rows.get_meta(f"log:{job_id}"))
-            tail = self._tails[job_id] = LogTail(
-                self._path(job_id), self._redactor.redact, offset=int(start or 0)
-            )
-        while (chunk := await anyio.to_thread.run_sync(tail.read_new)) is not None:
-            await self._ship(job, chunk, tail.offset)
-        if ended:
-            if (last := await anyio.to_thread.run_sync(tail.finish)) is not None:
-                await self._ship(job, last, tail.offset)
-            self._tails.pop(job_id, None)
+        async with self._reading[job_id]:
+            tail = self._tails.get(job_id) if since is None else None
+            if tail is None:
+                if since is None:
+                    since = int(
+                        await self._desk.ledger.journal.read(lambda rows: rows.get_meta(PLACE + job_id)) or 0
+                    )
+                tail = self._tails[job_id] = LogTail(self._path(job_id), self._redactor.redact, offset=since)
+            while (chunk := await anyio.to_thread.run_sync(tail.read_new)) is not None:
+                await self._ship(job, chunk, tail.offset)
+            if ended:
+                if (last := await anyio.to_thread.run_sync(tail.finish)) is not None:
+                    await self._ship(job, last, tail.offset)
+                self._tails.pop(job_id, None)
+                if self._desk.ledger.left_out(job_id):
+                    await self._ship(job, Chunk(tail.offset, []), tail.offset)
 
     async def _ship(self, job: Job, chunk: Chunk, offset: int) -> None:
         whole = LogChunk(time.time(), job.attempt, chunk.offset, chunk.lines)
 
         def keep_place(tx: Tx) -> None:
-            tx.set_meta(f"log:{job.job_id}", str(offset))
+            tx.set_meta(PLACE + job.job_id, str(offset))
 
         await self._desk.append(job.job_id, Lane.LOGS, chunks(whole), also=keep_place)
 
@@ -168,8 +216,7 @@ class Watch:
         self._desk.job(job_id)
         if not self._settings.share_logs:
             raise NotPossible("The owner of the machine keeps the logs of jobs there (SHARE_LOGS).")
-        self._tails[job_id] = LogTail(self._path(job_id), self._redactor.redact, offset=offset)
-        await self._send_new(job_id)
+        await self._send_new(job_id, ended=job_id not in self._desk.held, since=offset)
 
     async def read_log(self, job_id: str, limit: int, offset: int) -> LogPage:
         """Return lines of the job's log file, redacted."""
@@ -178,4 +225,12 @@ class Watch:
         return LogPage(logs=lines, total_lines=total, offset=offset, limit=limit)
 
     def _path(self, job_id: str) -> Path:
-        return self._settings.logs_dir / f"{job_id}.log"
+        """Return where the job's log lies, or will lie. Raises NotPossible: whoever made up the id or put a link
+        there must not have another file sent, or cut."""
+        folder, name = self._settings.logs_dir, f"{job_id}.log"
+        try:
+            return resolve_under(folder, name, "log")
+        except NotThere:
+            return folder / name
+        except OutsideFolder as error:
+            raise NotPossible(str(error)) from None

@@ -1,83 +1,27 @@
 """The desk and what stands around it, on a real journal: commands, exits, what the owner keeps."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import anyio
 import anyio.lowlevel
 import pytest
 
-from agent.config import Settings, load
-from agent.core.job import Job
-from agent.desk import JobDesk
 from agent.errors import NotPossible
 from agent.hearing import NOT_PROVED, Hearing
 from agent.launch import FETCHED, Launching
-from agent.ledger import Ledger
-from agent.runtime.journal import Journal
 from agent.runtime.redact import Redactor
-from agent.runtime.supervisor import Exited, Fact, Supervisor
-from agent.uplink import JournalUplink
+from agent.runtime.supervisor import Exited, Fact
 from agent.watch import Watch
-from protocol.codec import decode_record
 from protocol.lifecycle import JobState, Want
-from protocol.messages import Command, Machine
+from protocol.messages import Command
 from protocol.records import CommandDone, Notice
-
-EPOCH = 7
-
-
-def settings(folder: Path, **more: str) -> Settings:
-    return load({"AGENT_HOME": str(folder), "BACKEND_URL": "none", **more})
-
-
-@asynccontextmanager
-async def desk_in(folder: Path, *jobs: Job) -> AsyncIterator[JobDesk]:
-    """A desk that has read its journal and has not begun: nothing is started."""
-    journal = Journal.open(folder / "journal.sqlite")
-    send, facts = anyio.create_memory_object_stream[Fact](16)
-    desk = JobDesk(Ledger(journal, 1 << 20), Supervisor(facts=send), devices=["cpu"], at_once=1)
-    try:
-        with send, facts:
-            async with anyio.create_task_group() as group:
-                await desk.load(EPOCH, group)
-                for job in jobs:
-                    await desk.add(job)
-                yield desk
-                group.cancel_scope.cancel()
-    finally:
-        await journal.close()
-
-
-def job(state: JobState, job_id: str = "j", **fields: Any) -> Job:
-    return Job(job_id=job_id, config="{}", from_backend=True, attempt=1, state=state, **fields)
-
-
-async def stored(desk: JobDesk, scope: str) -> list[Any]:
-    rows = await desk.ledger.journal.read(lambda rows: rows.records(EPOCH, scope, 0, 0, 100, 1 << 20))
-    return [decode_record(body) for _, body in rows if body is not None]
+from tests.support.desks import desk_in, job, settings, stored, uplink_of
 
 
 def test_a_link_that_breaks_in_a_command_leaves_it_done_and_answered(tmp_path: Path) -> None:
-    async def machine() -> Machine:
-        raise AssertionError("nobody said hello")
-
-    async def send_log(job_id: str, offset: int) -> None:
-        raise AssertionError("nobody asked for a log")
-
     async def test() -> None:
         async with desk_in(tmp_path, job(JobState.FAILED)) as desk:
-            uplink = JournalUplink(
-                desk,
-                agent_id="agent_0123456789abcdef",
-                install_id="i",
-                boot=1,
-                machine=machine,
-                send_log=send_log,
-                keep_secret=lambda secret: None,
-            )
+            uplink = uplink_of(desk)
             retry = Command("c-1", "retry", "j")
             async with anyio.create_task_group() as connection:
                 connection.start_soon(uplink.commanded, retry)

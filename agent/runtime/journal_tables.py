@@ -42,6 +42,13 @@ class Reader:
         value: str | None = self._one("SELECT value FROM meta WHERE key = ?", key)
         return value
 
+    def metas(self, prefix: str) -> dict[str, str]:
+        """Return the values of all keys that begin with ``prefix``, by what follows it."""
+        rows = self._db.execute(
+            "SELECT key, value FROM meta WHERE substr(key, 1, ?) = ?", (len(prefix), prefix)
+        )
+        return {key[len(prefix) :]: value for key, value in rows}
+
     def epoch(self) -> int:
         """Return the current epoch; `set_epoch` must have been called once in the journal's life."""
         value = self.get_meta("epoch")

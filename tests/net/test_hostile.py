@@ -40,6 +40,12 @@ NASTY: list[HubMessage] = [
     ),
     Command("c9", "retry", "no-such-job", math.nan),
     *(
+        message
+        for job_id in ("/etc/passwd", "../../etc/passwd", "../agent", "a/../../agent")
+        for message in (Desired(job_id, 1, "run", Offer("{}")), Command(f"log {job_id}", "send_log", job_id))
+    ),
+    Command("c10", "send_log", "x" * 256, 0.0, {"offset": -1}),
+    *(
         Desired(job_id, 1, "run", Offer(config))
         for job_id, config in (
             ("deep", '{"a":' * 20_000),

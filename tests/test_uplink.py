@@ -1,0 +1,113 @@
+"""What a backend wants, on a real journal: hostile ids, logs on demand, and the end of a token."""
+
+from pathlib import Path
+from typing import Literal
+
+import anyio
+import msgspec
+import pytest
+
+from agent.core.job import Job
+from agent.runtime.redact import Redactor
+from agent.watch import Watch
+from protocol.lifecycle import JobState
+from protocol.messages import Command, Desired, Lane, Offer
+from protocol.records import CommandDone
+from protocol.session import Key
+from tests.support.desks import EPOCH, desk_in, job, settings, stored, uplink_of
+
+
+@pytest.mark.parametrize("want", ["run", "cancel"])
+@pytest.mark.parametrize("name", ["{outside}", "../outside", "x/../../outside", "..", "", "a\0b", "j\n"])
+def test_no_file_is_read_or_cut_through_the_id_of_a_job(
+    tmp_path: Path, name: str, want: Literal["run", "cancel"]
+) -> None:
+    outside = tmp_path / "outside.log"
+    outside.write_text("root's\n")
+    job_id = name.format(outside=outside.with_suffix(""))
+
+    async def test() -> None:
+        async with desk_in(tmp_path) as desk:
+            watch = Watch(desk, settings(tmp_path), Redactor())
+            (tmp_path / "logs").mkdir()
+            uplink = uplink_of(desk, watch.send_log_from)
+            # Neither a config that could be run nor one that must be refused makes it a job.
+            await uplink.desired(Desired(job_id, 1, want, Offer("{}", job_token="t")))
+            assert desk.jobs == {}
+            await uplink.commanded(Command("c-1", "send_log", job_id, args={"offset": 0}))
+            [answer] = await stored(desk, "")
+            assert isinstance(answer, CommandDone) and answer.status == "refused"
+            assert desk.ledger.backlog[Lane.LOGS] == [0, 0]
+
+    anyio.run(test)
+    assert outside.read_text() == "root's\n"
+
+
+def test_a_job_that_an_older_agent_took_under_such_an_id_has_no_log_elsewhere(tmp_path: Path) -> None:
+    outside = tmp_path / "outside.log"
+    outside.write_text("root's\n")
+
+    async def test() -> None:
+        names = [str(outside.with_suffix("")), "../outside", "link"]
+        async with desk_in(tmp_path, *(job(JobState.FAILED, name) for name in names)) as desk:
+            watch = Watch(desk, settings(tmp_path), Redactor())
+            logs = tmp_path / "logs"
+            logs.mkdir()
+            (logs / "link.log").symlink_to(outside)
+            uplink = uplink_of(desk, watch.send_log_from)
+            for number, name in enumerate(names):
+                await uplink.commanded(Command(f"c-{number}", "send_log", name))
+            answers = await stored(desk, "")
+            assert [answer.status for answer in answers] == ["refused"] * 3
+            assert all("leads out of" in answer.detail for answer in answers)
+            assert desk.ledger.backlog[Lane.LOGS] == [0, 0]
+
+    anyio.run(test)
+
+
+def test_a_log_that_cannot_be_sent_is_answered_with_a_sentence(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with desk_in(tmp_path, job(JobState.FAILED)) as desk:
+            watch = Watch(desk, settings(tmp_path), Redactor())
+            uplink = uplink_of(desk, watch.send_log_from)
+            # Nothing printed yet is nothing to send.
+            await uplink.commanded(Command("c-1", "send_log", "j"))
+            (tmp_path / "logs" / "j.log").mkdir(parents=True)
+            await uplink.commanded(Command("c-2", "send_log", "j"))
+            await uplink.commanded(Command("c-3", "send_log", "j", args={"offset": -1}))
+            answers = [record for record in await stored(desk, "") if isinstance(record, CommandDone)]
+            assert [answer.status for answer in answers] == ["done", "refused", "refused"]
+            assert answers[1].detail == "The job's log cannot be read: Is a directory."
+            assert str(tmp_path) not in answers[1].detail
+
+    anyio.run(test)
+
+
+def test_a_token_is_kept_until_the_last_line_of_the_log_has_arrived(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "j.log"
+    log.parent.mkdir()
+    log.write_text("one\nTraceback")
+
+    async def test() -> None:
+        async with desk_in(tmp_path) as desk:
+            watch = Watch(desk, settings(tmp_path), Redactor())
+            uplink = uplink_of(desk, watch.send_log_from)
+            for name in ("j", "k"):
+                await desk.add(job(JobState.RUNNING, name), secrets={"job_token": "t"})
+                watch.printing(desk.job(name))
+                await desk.change(name, lambda job: (as_failed(job), []))
+                # All that was said of it has arrived before anybody looked at its log.
+                await uplink.acked(Key(EPOCH, name, Lane.CONTROL), 1)
+                assert await uplink.token(name) == "t"
+            await watch.look_at_logs()
+            # One printed nothing, so nothing more of it will be acknowledged.
+            assert await uplink.token("k") == ""
+            assert await uplink.token("j") == "t"
+            await uplink.acked(Key(EPOCH, "j", Lane.LOGS), 2)
+            assert await uplink.token("j") == ""
+
+    anyio.run(test)
+
+
+def as_failed(running: Job) -> Job:
+    return msgspec.structs.replace(running, state=JobState.FAILED)

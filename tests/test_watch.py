@@ -1,0 +1,172 @@
+"""What jobs print on its way to the backend: read once, by one at a time, and what is left out is told."""
+
+from pathlib import Path
+
+import anyio
+import msgspec
+import pytest
+
+from agent.core.job import Job
+from agent.desk import JobDesk
+from agent.runtime.journal import JournalFull, Tx
+from agent.runtime.redact import Redactor
+from agent.watch import Watch
+from protocol.lifecycle import JobState
+from protocol.messages import Lane
+from protocol.records import LogChunk
+from tests.support.desks import EPOCH, desk_in, job, settings, stored
+
+
+def log_in(folder: Path, text: str) -> Path:
+    path = folder / "logs" / "j.log"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+async def chunks(desk: JobDesk) -> list[tuple[list[str], int]]:
+    """Return lines and how many were left out, of each chunk that is stored."""
+    return [
+        (one.lines, one.dropped) for one in await stored(desk, "j", Lane.LOGS) if isinstance(one, LogChunk)
+    ]
+
+
+def test_a_log_that_is_asked_for_is_not_read_by_two_at_once(tmp_path: Path) -> None:
+    lines = [f"line {number}" for number in range(20_000)]
+    log_in(tmp_path, "\n".join(lines) + "\n")
+
+    async def test() -> None:
+        async with desk_in(tmp_path, job(JobState.RUNNING), outbox=1 << 30) as desk:
+            watch = Watch(desk, settings(tmp_path), Redactor())
+            desk.held["j"] = "cpu"
+            watch.printing(desk.job("j"))
+            async with anyio.create_task_group() as group:
+                for _ in range(3):
+                    group.start_soon(watch.look_at_logs)
+            sent = [line for part, _ in await chunks(desk) for line in part]
+            assert sent == lines
+            async with anyio.create_task_group() as group:
+                group.start_soon(watch.send_log_from, "j", 0)
+                group.start_soon(watch.look_at_logs)
+            again = [line for part, _ in await chunks(desk) for line in part]
+            assert again == lines + lines
+
+    anyio.run(test)
+
+
+def test_the_last_line_of_an_ended_job_is_sent_on_demand_too(tmp_path: Path) -> None:
+    log_in(tmp_path, "one\nTraceback")
+
+    async def test() -> None:
+        async with desk_in(tmp_path, job(JobState.FAILED)) as desk:
+            watch = Watch(desk, settings(tmp_path), Redactor())
+            await watch.send_log_from("j", 0)
+            assert await chunks(desk) == [(["one"], 0), (["Traceback"], 0)]
+
+    anyio.run(test)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_lines_that_were_left_out_are_told_at_the_end_whatever_befell_the_agent(
+    tmp_path: Path, restart: bool
+) -> None:
+    log_in(tmp_path, "one\ntwo\nthree\n")
+
+    async def first() -> None:
+        async with desk_in(tmp_path, job(JobState.RUNNING), outbox=0) as desk:
+            watch = Watch(desk, settings(tmp_path), Redactor())
+            desk.held["j"] = "cpu"
+            watch.printing(desk.job("j"))
+            await watch.look_at_logs()
+            assert desk.ledger.left_out("j") == 3
+            if not restart:
+                await end(desk, watch)
+
+    async def end(desk: JobDesk, watch: Watch) -> None:
+        desk.held.clear()
+        watch.printing(desk.job("j"))
+        await watch.look_at_logs()
+        # The backend takes nothing, and still the end of the log says what is missing.
+        assert await chunks(desk) == [([], 3)]
+        assert desk.ledger.left_out("j") == 0
+
+    async def second() -> None:
+        async with desk_in(tmp_path, outbox=0) as desk:
+            await end(desk, Watch(desk, settings(tmp_path), Redactor()))
+
+    anyio.run(first)
+    if restart:
+        anyio.run(second)
+
+
+def test_lines_that_were_left_out_are_counted_once_though_the_disk_was_full(tmp_path: Path) -> None:
+    log_in(tmp_path, "one\ntwo\n")
+
+    async def test() -> None:
+        async with desk_in(tmp_path, job(JobState.RUNNING), outbox=0) as desk:
+            watch = Watch(desk, settings(tmp_path), Redactor())
+            chunk = LogChunk(0.0, 1, 0, ["one", "two"])
+            for _ in range(2):
+                with pytest.raises(JournalFull):
+                    await desk.append("j", Lane.LOGS, [chunk], also=no_room)
+            assert desk.ledger.left_out("j") == 0
+            desk.held["j"] = "cpu"
+            watch.printing(desk.job("j"))
+            await watch.look_at_logs()
+            assert desk.ledger.left_out("j") == 2
+            await desk.ledger.journal.write(lambda tx: tx.trim(EPOCH, "j", Lane.CONTROL, 2))
+            desk.ledger.count({})
+            # What could not be written then has told nobody: the next chunk says it again.
+            with pytest.raises(JournalFull):
+                await desk.append("j", Lane.LOGS, [LogChunk(0.0, 1, 8, [])], also=no_room)
+            await desk.append("j", Lane.LOGS, [LogChunk(0.0, 1, 8, ["three"])])
+            assert await chunks(desk) == [(["three"], 2)]
+
+    anyio.run(test)
+
+
+def no_room(tx: Tx) -> None:
+    raise JournalFull(Path("journal"))
+
+
+def test_a_log_is_read_on_where_an_agent_was_killed_after_the_jobs_end(tmp_path: Path) -> None:
+    path = log_in(tmp_path, "one\n")
+
+    async def first() -> None:
+        async with desk_in(tmp_path, job(JobState.RUNNING), job(JobState.FAILED, "k")) as desk:
+            watch = Watch(desk, settings(tmp_path), Redactor())
+
+            def told(tx: Tx) -> None:
+                for name in "jk":
+                    tx.put_secret(name, "job_token", "t")
+                    tx.trim(EPOCH, name, Lane.CONTROL, 1)
+
+            await desk.ledger.journal.write(told)
+            desk.held["j"] = "cpu"
+            watch.printing(desk.job("j"))
+            await watch.look_at_logs()
+            await desk.ledger.journal.write(lambda tx: tx.trim(EPOCH, "j", Lane.LOGS, 1))
+            desk.held.clear()
+            await desk.change("j", lambda job: (ended(job), []))
+            path.write_text("one\nTraceback")
+
+    async def second() -> None:
+        async with desk_in(tmp_path) as desk:
+            watch = Watch(desk, settings(tmp_path), Redactor())
+            await watch.reopen()
+            assert desk.ledger.open_logs == {"j"}
+            tokens = await desk.ledger.journal.read(
+                lambda rows: [rows.get_secret(name, "job_token") for name in "jk"]
+            )
+            assert tokens == ["t", None]
+            await watch.look_at_logs()
+            assert await chunks(desk) == [(["Traceback"], 0)]
+            await watch.reopen()
+            assert desk.ledger.open_logs == set()
+
+    anyio.run(first)
+    anyio.run(second)
+
+
+def ended(running: Job) -> Job:
+    return msgspec.structs.replace(running, state=JobState.FAILED)
