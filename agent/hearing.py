@@ -4,8 +4,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 import anyio
-import anyio.abc
 import msgspec
+from anyio.streams.memory import MemoryObjectReceiveStream
 from loguru import logger
 
 from agent.core.effects import Effect, Report
@@ -62,16 +62,16 @@ class Hearing:
         self.where = "CHECKPOINTS_DIR"
         """The folders whose disk jobs write to."""
 
-    async def run(self, facts: anyio.abc.ObjectReceiveStream[Fact]) -> None:
+    async def run(self, facts: MemoryObjectReceiveStream[list[Fact]]) -> None:
         """Take what the supervisor tells, as much at once as is there, for ever."""
         while True:
             try:
-                taken = [await facts.receive()]
+                taken = await facts.receive()
             except anyio.EndOfStream:
                 return
             while len(taken) < AT_ONCE:
                 try:
-                    taken.append(facts.receive_nowait())  # type: ignore[attr-defined]  # a memory stream's
+                    taken += facts.receive_nowait()
                 except (anyio.WouldBlock, anyio.EndOfStream):
                     break
             ended = [fact for fact in taken if isinstance(fact, Exited)]

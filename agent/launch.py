@@ -352,7 +352,7 @@ class Launching:
         except BadLeftovers as error:
             logger.warning("{}", error)
             return []
-        return [Heard(job_id, numbered.attempt, numbered, raw) for numbered, raw in events]
+        return [Heard(job_id, numbered.attempt, numbered) for numbered, _ in events]
 
     async def forget(self, job_id: str) -> None:
         """Remove that file: all of it is committed."""

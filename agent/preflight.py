@@ -92,7 +92,12 @@ class _Hearing:
         self.estimate: Estimate | None = None
         self.failed = ""
 
-    async def hear(self, raw: bytes) -> None:
+    async def hear(self, frames: list[bytes]) -> None:
+        for raw in frames:
+            if self._child.is_heard:
+                self._hear(raw)
+
+    def _hear(self, raw: bytes) -> None:
         try:
             numbered = event_decoder.decode(raw)
         except msgspec.DecodeError as error:

@@ -34,8 +34,9 @@ from protocol.messages import Lane
 from protocol.records import Notice
 from protocol.version import AGENT_VERSION
 
-FACTS_BUFFER = 4096
-"""Facts of trainers that may wait for the desk; beyond, the trainers' own buffers fill."""
+FACTS_BUFFER = 8
+"""Lists of facts that may wait for the desk, each of what was read at once (`agent.runtime.process.READ_SIZE`);
+beyond, the trainers' own buffers fill."""
 USER_AGENT = f"finetunelab-training-agent/{AGENT_VERSION}"
 
 
@@ -63,7 +64,7 @@ class Program:
         }
         make_undumpable()
         self.journal = Journal.open(home / "journal.sqlite")
-        self._send, self._facts = anyio.create_memory_object_stream[Fact](FACTS_BUFFER)
+        self._send, self._facts = anyio.create_memory_object_stream[list[Fact]](FACTS_BUFFER)
         self.supervisor = Supervisor(facts=self._send, module=module, gpu_released=self._gpu_released)
         self.desk = JobDesk(
             Ledger(self.journal, settings.outbox_max_mb << 20),

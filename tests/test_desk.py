@@ -41,9 +41,9 @@ def test_memory_that_was_not_seen_to_leave_the_device_is_told(tmp_path: Path, re
     async def test() -> None:
         async with desk_in(tmp_path, job(JobState.PAUSING, want=Want.PAUSE)) as desk:
             desk.held["j"] = "0"
-            send, facts = anyio.create_memory_object_stream[Fact](1)
+            send, facts = anyio.create_memory_object_stream[list[Fact]](1)
             with send:
-                await send.send(Exited("j", 1, 0, None, "paused", released, [], "The trainer left."))
+                await send.send([Exited("j", 1, 0, None, "paused", released, [], "The trainer left.")])
             with facts:
                 await Hearing(desk, lambda event: event).run(facts)
             assert desk.job("j").state is JobState.PAUSED

@@ -225,13 +225,13 @@ CARDS = [Gpu(0, "Card", 24.0, "GPU-100"), Gpu(1, "Card", 24.0, "GPU-101")]
 
 
 async def hear(desk: JobDesk, machine: Machine, *facts: Fact) -> None:
-    send, receive = anyio.create_memory_object_stream[Fact](len(facts))
+    send, receive = anyio.create_memory_object_stream[list[Fact]](len(facts))
     hearing = Hearing(desk, lambda event: event)
     hearing.look = machine.guard.seen
     hearing.on_event = machine.guard.heard
     with send:
         for fact in facts:
-            await send.send(fact)
+            await send.send([fact])
     with receive:
         await hearing.run(receive)
 
@@ -290,7 +290,7 @@ def test_a_failure_is_told_with_the_log_without_its_secrets(tmp_path: Path, driv
         (machine.settings.logs_dir / "j.log").write_text(f"using hf_{'s' * 20}\nlast\n")
         event = Failed(failure(R.DRIVER, "The device reported an error: x."))
         driver.events.append(xid_event(0, 48))
-        await hear(desk, machine, Heard("j", 1, Numbered(1, 1, event), b""))
+        await hear(desk, machine, Heard("j", 1, Numbered(1, 1, event)))
         failed = desk.job("j").failure
         assert failed is not None and failed.evidence is not None and "XID 48" in failed.sentence
         assert failed.evidence.log_tail[-1] == "last" and "ssss" not in failed.evidence.log_tail[0]

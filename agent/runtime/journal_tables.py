@@ -2,7 +2,8 @@
 
 import sqlite3
 import zlib
-from collections.abc import Iterable
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,10 @@ MAX_COMMANDS = 10_000
 """How many commands the ledger remembers. A repeat of an older one would run again."""
 
 _SEQ_BITS = 40
+_AT_ONCE = 64
+"""Rows in one statement."""
+_RECORD = "INSERT INTO records VALUES (?, ?, ?)"
+_POINT = "INSERT INTO points VALUES (?, ?, ?, ?, ?)"
 
 
 class Stream(NamedTuple):
@@ -229,8 +234,7 @@ class Tx(Reader):
             (self._epoch, scope, lane, len(bodies), sum(map(len, bodies))),
         ).fetchone()
         first = (stream << _SEQ_BITS) + last - len(bodies) + 1
-        rows = [(first + at, zlib.crc32(body), body) for at, body in enumerate(bodies)]
-        self._db.executemany("INSERT INTO records VALUES (?, ?, ?)", rows)
+        self._insert(_RECORD, [(first + at, zlib.crc32(body), body) for at, body in enumerate(bodies)])
         return int(last)
 
     def trim(self, epoch: int, scope: str, lane: int, acked: int) -> int:
@@ -252,16 +256,39 @@ class Tx(Reader):
         found = self._stream(epoch, scope, lane)
         return 0 if found is None else self._delete(found[0], min(upto, found[1]))
 
-    def put_points(self, rows: Iterable[tuple[str, int, int, bytes]]) -> None:
+    def put_points(self, rows: Sequence[tuple[str, int, int, bytes]]) -> None:
         """Add points (job, attempt, step, body); a step may have several, such as one of training and one of
         evaluation."""
         if self._full:
             raise JournalFull(self._path)
-        self._db.executemany(
-            """INSERT INTO points SELECT ?1, ?3, ?2, COUNT(*), ?4 FROM points
-            WHERE job_id = ?1 AND step = ?3 AND attempt = ?2""",
-            rows,
-        )
+        steps: dict[tuple[str, int], list[int]] = {}
+        for job_id, attempt, step, _ in rows:
+            steps.setdefault((job_id, attempt), []).append(step)
+        parts: dict[tuple[str, int, int], int] = {}
+        for (job_id, attempt), among in steps.items():
+            stored = self._db.execute(
+                """SELECT step, COUNT(*) FROM points WHERE job_id = ? AND step BETWEEN ? AND ? AND attempt = ?
+                GROUP BY step""",
+                (job_id, min(among), max(among), attempt),
+            )
+            parts |= {(job_id, attempt, step): count for step, count in stored}
+        numbered = []
+        for job_id, attempt, step, body in rows:
+            part = parts.get((job_id, attempt, step), 0)
+            parts[job_id, attempt, step] = part + 1
+            numbered.append((job_id, step, attempt, part, body))
+        self._insert(_POINT, numbered)
+
+    def _insert(self, one: str, rows: list[tuple[Any, ...]]) -> None:
+        """Insert rows, many with one statement: after each the interpreter's lock is fought for with the loop.
+
+        ``one``: the statement that inserts one row.
+        """
+        whole = len(rows) - len(rows) % _AT_ONCE
+        many = one + (", " + one[one.index("(") :]) * (_AT_ONCE - 1)
+        for at in range(0, whole, _AT_ONCE):
+            self._db.execute(many, list(chain.from_iterable(rows[at : at + _AT_ONCE])))
+        self._db.executemany(one, rows[whole:])
 
     def _delete(self, stream: int, upto: int) -> int:
         bounds = (stream << _SEQ_BITS, (stream << _SEQ_BITS) + upto)

@@ -30,7 +30,8 @@ READ_SIZE = 1 << 18
 MAX_ORDERS = 1 << 24
 """Bytes of orders that may wait for a child that does not read them."""
 
-Hear = Callable[[bytes], Awaitable[None]]
+Hear = Callable[[list[bytes]], Awaitable[None]]
+"""Is given events that came together, in order; called by one at a time."""
 Blame = Callable[[str], Awaitable[None]]
 
 
@@ -165,6 +166,11 @@ class Child:
             self.gone.set()
         await self.gone.wait()
 
+    @property
+    def is_heard(self) -> bool:
+        """Whether what it says still counts: not after `kill`."""
+        return self._listening()
+
     def kill(self) -> None:
         """SIGKILL it and its group at once, and take no more from it."""
         self._stop_reading()
@@ -220,10 +226,8 @@ class Child:
                 return
             if over:
                 left -= len(chunk)
-            for frame in frames.feed(chunk):
-                if not self._listening():
-                    return
-                await hear(frame)
+            if whole := frames.feed(chunk):
+                await hear(whole)
 
     async def _readable(self, fd: int) -> None:
         """Wait for bytes or for the end of the tree. Only this wait is ever cut short, never a hand-over."""

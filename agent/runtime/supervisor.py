@@ -40,14 +40,12 @@ MAX_COPIED_LOG = 1 << 24
 LAST_WORDS = (Left, Failed, Finished)
 
 
-@dataclass(frozen=True)
-class Heard:
+class Heard(msgspec.Struct, frozen=True):
     """A trainer said something. To be journalled, and then answered with `Committed`."""
 
     job_id: str
     attempt: int
     numbered: Numbered
-    raw: bytes
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ class Supervisor:
     def __init__(
         self,
         *,
-        facts: MemoryObjectSendStream[Fact],
+        facts: MemoryObjectSendStream[list[Fact]],
         module: str = "agent.trainer.entry",
         nice: int = 0,
         term_grace: float = 5.0,
@@ -255,8 +253,8 @@ class Supervisor:
     async def _tend(self, worker: _Worker) -> None:
         """Hear a child out, from its first word to its burial."""
 
-        async def hear(raw: bytes) -> None:
-            await self._hear(worker, raw)
+        async def hear(frames: list[bytes]) -> None:
+            await self._hear(worker, frames)
 
         async def blame(sentence: str) -> None:
             await self._blame(worker, sentence)
@@ -279,52 +277,57 @@ class Supervisor:
             return
         del self._jobs[worker.job_id]
         code, word, forced = worker.child.exit_code, worker.last_word, worker.child.forced is not None
-        await self._facts.send(
-            Exited(
-                worker.job_id,
-                worker.attempt,
-                exit_code=code if code is not None and code >= 0 else None,
-                signal=-code if code is not None and code < 0 else None,
-                left=word.why if isinstance(word, Left) else "",
-                released=released,
-                log_tail=tail,
-                sentence=sentence(word, code, blamed=worker.blamed, forced=forced, released=released),
-                need=word.need if isinstance(word, Left) else 0,
-                forced=forced,
-            )
+        exited = Exited(
+            worker.job_id,
+            worker.attempt,
+            exit_code=code if code is not None and code >= 0 else None,
+            signal=-code if code is not None and code < 0 else None,
+            left=word.why if isinstance(word, Left) else "",
+            released=released,
+            log_tail=tail,
+            sentence=sentence(word, code, blamed=worker.blamed, forced=forced, released=released),
+            need=word.need if isinstance(word, Left) else 0,
+            forced=forced,
         )
+        await self._facts.send([exited])
 
-    async def _hear(self, worker: _Worker, raw: bytes) -> None:
+    async def _hear(self, worker: _Worker, frames: list[bytes]) -> None:
+        facts: list[Fact] = []
+        wrong = ""
+        for raw in frames:
+            wrong = self._read(worker, raw, facts)
+            if wrong:
+                break
+        if facts and worker.child.is_heard:
+            await self._facts.send(facts)
+        if wrong:
+            await self._end_for(worker, wrong)
+
+    def _read(self, worker: _Worker, raw: bytes, facts: list[Fact]) -> str:
+        """Add what was said to ``facts``; return what is wrong with it where no trainer of ours would say that."""
         try:
             numbered = event_decoder.decode(raw)
         except (msgspec.DecodeError, RecursionError) as error:  # RecursionError: arrays in arrays, very deep
-            await self._end_for(worker, f"The trainer sent {len(raw)} bytes that are no event: {error}.")
-            return
-        event = numbered.event
+            return f"The trainer sent {len(raw)} bytes that are no event: {error}."
         if numbered.attempt == 0 and numbered.number == 0:
             # It belongs to no job: the process is there, and that is all.
-            if isinstance(event, Warm):
-                worker.warm.set()
-                self._warm_pause = 0.0
-            else:
-                await self._end_for(worker, f"The trainer said {type(event).__name__} before its job began.")
-            return
-        if (numbered.attempt, numbered.number) != (worker.attempt, worker.heard + 1) or not worker.job_id:
-            await self._end_for(
-                worker,
+            if not isinstance(numbered.event, Warm):
+                return f"The trainer said {type(numbered.event).__name__} before its job began."
+            worker.warm.set()
+            self._warm_pause = 0.0
+            return ""
+        if numbered.number != worker.heard + 1 or numbered.attempt != worker.attempt or not worker.job_id:
+            return (
                 f"The trainer said event {numbered.number} of attempt {numbered.attempt} where event "
-                f"{worker.heard + 1} of attempt {worker.attempt} was due.",
+                f"{worker.heard + 1} of attempt {worker.attempt} was due."
             )
-            return
         worker.heard = numbered.number
-        fact = Heard(worker.job_id, worker.attempt, numbered, raw)
-        try:
-            self._facts.send_nowait(fact)  # a wait that is none costs as much as all the rest
-        except anyio.WouldBlock:
-            await self._facts.send(fact)
+        facts.append(Heard(worker.job_id, worker.attempt, numbered))
+        event = numbered.event
         if isinstance(event, LAST_WORDS) and worker.last_word is None:
             worker.last_word = event
             self._running().start_soon(self._see_off, worker)
+        return ""
 
     async def _see_off(self, worker: _Worker) -> None:
         """One that has said its last word must leave, also when a library's thread hangs."""
@@ -340,7 +343,7 @@ class Supervisor:
         if not worker.blamed:
             worker.blamed = sentence
             if worker.job_id:
-                await self._facts.send(Misbehaved(worker.job_id, worker.attempt, sentence))
+                await self._facts.send([Misbehaved(worker.job_id, worker.attempt, sentence)])
 
 
 def _same(one: dict[str, str], other: dict[str, str]) -> bool:

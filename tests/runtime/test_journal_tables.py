@@ -1,6 +1,8 @@
 import sqlite3
 import zlib
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -211,3 +213,37 @@ def test_points_of_the_newest_attempt_win(path: Path) -> None:
         assert await journal.read(lambda r: r.points("j1", 0, 99)) == []
 
     with_journal(path, use)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_stored_together_is_stored_as_one_by_one(path: Path, seed: int) -> None:
+    drawn = Random(seed)
+    rows = [("j1", drawn.randint(1, 2), drawn.randint(1, 40), str(number).encode()) for number in range(150)]
+    rows += [("j1", 3, step, f"{step}{part}".encode()) for step in range(100, 180) for part in "ab"]
+    bodies = [bytes(drawn.randbytes(9)) for _ in range(200)]
+
+    async def together(journal: Journal) -> None:
+        await journal.write(lambda tx: tx.set_epoch(7))
+        half = len(rows) // 2
+        await journal.write(lambda tx: tx.put_points(rows[:half]))
+        await journal.write(lambda tx: tx.put_points(rows[half:]))
+        await journal.write(lambda tx: tx.append_all("j1", 1, bodies))
+
+    async def alone(journal: Journal) -> None:
+        await journal.write(lambda tx: tx.set_epoch(7))
+        for row in rows:
+            await journal.write(lambda tx, row=row: tx.put_points([row]))
+        for body in bodies:
+            await journal.write(lambda tx, body=body: tx.append("j1", 1, body))
+
+    def content(change: Callable[[Journal], Awaitable[None]], file: Path) -> list[object]:
+        with_journal(file, change)
+        with sqlite3.connect(file) as db:
+            tables = [
+                db.execute(sql).fetchall()
+                for sql in ("SELECT * FROM points", "SELECT * FROM records", "SELECT * FROM streams")
+            ]
+        db.close()
+        return tables
+
+    assert content(together, path) == content(alone, path.with_name("other.sqlite"))

@@ -132,15 +132,16 @@ async def supervised(
     module: str = FAKE, *, commit: bool = True, kill: bool = True, **options: Any
 ) -> AsyncIterator[Watch]:
     """Run a supervisor whose events are committed as they come; with ``kill`` every child is dead at the end."""
-    send, receive = anyio.create_memory_object_stream[Fact](64)
+    send, receive = anyio.create_memory_object_stream[list[Fact]](8)
     watch = Watch(Supervisor(facts=send, module=module, **options))
     watch.supervisor.kill_on_exit = kill
 
     async def listen() -> None:
-        async for fact in receive:
-            if isinstance(fact, Heard) and commit:
-                watch.supervisor.ask(fact.job_id, Committed(fact.numbered.number))
-            watch.note(fact)
+        async for facts in receive:
+            for fact in facts:
+                if isinstance(fact, Heard) and commit:
+                    watch.supervisor.ask(fact.job_id, Committed(fact.numbered.number))
+                watch.note(fact)
 
     with send, receive:
         async with anyio.create_task_group() as tasks:

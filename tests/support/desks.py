@@ -29,7 +29,7 @@ def settings(folder: Path, **more: str) -> Settings:
 async def desk_in(folder: Path, *jobs: Job, outbox: int = 1 << 20) -> AsyncIterator[JobDesk]:
     """A desk that has read its journal and has not begun: nothing is started."""
     journal = Journal.open(folder / "journal.sqlite")
-    send, facts = anyio.create_memory_object_stream[Fact](8)
+    send, facts = anyio.create_memory_object_stream[list[Fact]](8)
     desk = JobDesk(Ledger(journal, outbox), Supervisor(facts=send), devices=["cpu"], at_once=1)
     try:
         with send, facts:

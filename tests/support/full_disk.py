@@ -56,7 +56,7 @@ async def _deliver(
     home: Path, job_id: str, token: str, url: str, key: str, kind: type[HubDrain | PlatformDrain]
 ) -> int:
     journal = Journal.open(home / "journal.sqlite")
-    send, facts = anyio.create_memory_object_stream[Fact](16)
+    send, facts = anyio.create_memory_object_stream[list[Fact]](8)
     desk = JobDesk(Ledger(journal, 1 << 20), Supervisor(facts=send), devices=["cpu"], at_once=1)
     full = 0
 
