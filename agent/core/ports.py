@@ -186,6 +186,10 @@ class Uplink(Protocol):
         """Return the first frame of a new connection; counts a dial."""
         ...
 
+    async def outrun(self, boot: int, attempt: int) -> None:
+        """Say more than this pair in the next HELLO: it owns the agent's id, and this disk has forgotten it."""
+        ...
+
     async def read(self, key: Key, after: int, max_bytes: int) -> list[tuple[int, bytes | None]]:
         """Return (number, body) of stored records in order; a body of None cannot be read any more."""
         ...

@@ -1,6 +1,7 @@
 """When to try again, and after how long."""
 
 import random
+import re
 import ssl
 import sys
 from collections.abc import Iterator
@@ -98,6 +99,12 @@ def closed_for_good(code: int, reason: str, url: str) -> Refused | None:
     if code == Close.VERSION:
         return VersionRefused(f"{url} does not speak this agent's protocol ({said}). Update the agent.")
     return Refused(f"{url} ended the connection for good (code {code}): {said}.")
+
+
+def owner(reason: str) -> tuple[int, int] | None:
+    """Return the (boot, attempt) that a close with 4008 names as the owner of this agent's id."""
+    found = re.search(r"\bboot ([0-9]{1,15}) attempt ([0-9]{1,15})\b", reason)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def backoff(first: float = FIRST, cap: float = 60.0) -> Iterator[float]:

@@ -24,6 +24,7 @@ from agent.net.retry import (
     can_retry,
     certificate_fault,
     closed_for_good,
+    owner,
     refusal,
     retry_after,
 )
@@ -95,6 +96,7 @@ class Link:
         self.dial_due = 0.0
         """When the next dial is due, by the clock of this link."""
         self._was_ours = False
+        self._overtaken = False
 
     def __repr__(self) -> str:
         return f"<Link {self.url} {self._session!r}, {self.dials} dials>"
@@ -233,11 +235,22 @@ class Link:
             finally:
                 self._session = None
             self._frames.ended(closing.code, session.welcome is not None)
+            await self._stale(closing, session)
             if session.closing is not None and session.closing.code >= Close.DRAIN:
                 # The other end should be able to read in its own log what it did.
                 with anyio.move_on_after(1):
                     await socket.close(session.closing.code, session.closing.reason[:120])
             return closing
+
+    async def _stale(self, closing: Closing, session: AgentSession) -> None:
+        """Count on from the pair that owns this agent's id, unless that took it from us."""
+        if closing.code != Close.STALE:
+            return
+        if session.welcome is not None:
+            # A copy of this machine goes by its id. Two that outran each other would never end.
+            self._overtaken = True
+        elif not self._overtaken and (pair := owner(closing.reason)) is not None:
+            await self._uplink.outrun(*pair)
 
     async def _converse(self, socket: ClientConnection, codec: Codec, session: AgentSession) -> Closing:
         ended: list[Closing] = []

@@ -38,6 +38,7 @@ class Records:
         self.wishes: list[Desired] = []
         self.commands: list[Command] = []
         self.refused: list[tuple[Key, str]] = []
+        self.boot = 1
         self.dials = 0
         self.on_change: Callable[[], None] = lambda: None
         self.named = True
@@ -62,8 +63,11 @@ class Records:
             for sid, (key, rows) in enumerate(self.rows.items(), start=1)
         ]
         return Hello(
-            "agent_0123456789abcdef", "i", 1, self.dials, EPOCH, MACHINE, heads if self.named else []
+            "agent_0123456789abcdef", "i", self.boot, self.dials, EPOCH, MACHINE, heads if self.named else []
         )
+
+    async def outrun(self, boot: int, attempt: int) -> None:
+        self.boot = boot + 1
 
     async def read(self, key: Key, after: int, max_bytes: int) -> list[tuple[int, bytes | None]]:
         await anyio.lowlevel.checkpoint()

@@ -33,7 +33,7 @@ WHEN = {
     1012: "a deployment",
     1013: "the backend cannot store now",
     Close.DRAIN: "a deployment, after GOAWAY",
-    Close.STALE: "a newer (boot, attempt) owns the id; the reason names the pair",
+    Close.STALE: "a newer (boot, attempt) owns the id; the reason names it as `boot <n> attempt <n>`",
     Close.GAP: "a record came before those in front of it",
     Close.SLOW: "the agent does not take what is sent",
     Close.MALFORMED: "a frame cannot be read, or comes where it may not",

@@ -18,6 +18,7 @@ import pytest
 
 import protocol
 from agent.config import Settings
+from agent.hub.greeting import ROLLED_BACK
 from agent.net.retry import backoff
 from protocol.messages import Welcome
 from tests.contract.clauses import clauses
@@ -49,6 +50,8 @@ def test_the_steps_cover_every_clause_once() -> None:
 
 def test_the_figures_of_the_code_are_the_codes() -> None:
     limits = Welcome("s", [])
+    readme = (Path(protocol.__file__).parent / "README.md").read_text(encoding="utf-8")
+    assert all(f"away for {ROLLED_BACK:g} s" in text for text in (TEXT, readme))
     defaults = {field.name: field.default for field in msgspec.structs.fields(Settings)}
     assert f"/ {defaults['gpu_monitoring_interval_seconds']:g} s figures of the machine" in TEXT
     assert f"{limits.window_records:,} records or {limits.window_bytes // 2**20} MiB" in TEXT
@@ -134,6 +137,12 @@ def test_the_tables_and_statements_hold_in_postgresql(sql: Callable[[str], str])
     sql(filled(first + " VALUES ($user, $agent, $install, 1, 5, $machine, now())", who))
     for boot, attempt, taken in ((1, 6, "1"), (1, 6, ""), (1, 4, ""), (2, 1, "1"), (1, 9, "")):
         assert sql(filled(hello, {**who, "boot": str(boot), "attempt": str(attempt)})) == taken
+    [away] = re.findall(r"`(\(\(boot, attempt\) < .*?)`", TEXT)
+    patient = hello.replace("(boot, attempt) < ($boot, $attempt)", away)
+    sql("UPDATE agents SET node = NULL")
+    assert sql(filled(patient, {**who, "boot": "1", "attempt": "1"})) == ""
+    sql("UPDATE agents SET last_seen = now() - interval '121 s'")
+    assert sql(filled(patient, {**who, "boot": "1", "attempt": "1"})) == "1"
     job = "INSERT INTO jobs (id, user_id, config, dataset_path, token_hash, state, caused_by, detail, version, observed)"
     sql(filled(job + " VALUES ('job', $user, '{}', '', '', 'running', '', '', 3, 7)", who))
     assert [sql(filled(change, {"1": "'job'", "want": "'pause'"})) for _ in range(2)] == ["8", "9"]
