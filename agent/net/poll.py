@@ -3,15 +3,18 @@
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
+import anyio
 import msgspec
 from loguru import logger
 
 from agent.net import hosted
-from agent.net.client import RestClient, Said, Unclear, Unreached
+from agent.net.client import RestClient, RestError, Said, Unclear, Unreached
 from agent.net.drain import Store
 from agent.net.rest import carry_out
+from protocol.jobspec import JobId
 from protocol.messages import SUBPROTOCOL_MSGPACK, DatasetRef, Desired, Offer
 from protocol.rest import CLAIM, JOB, JOBS, POLL
 
@@ -21,6 +24,10 @@ CLAIMING = "claiming"
 """Note of the job whose claim is on its way, so that a lost answer costs no job."""
 PASSED_OVER = 300.0
 """Seconds that a job which is not for this agent is not asked about again."""
+OTHERS_BEGIN = 5.0
+"""Seconds in which an agent that claimed a job says when it began."""
+UNREADABLE = (msgspec.MsgspecError, LookupError, TypeError, ValueError, OverflowError, RecursionError)
+"""What comes of an offer or an answer that is not what it should be."""
 
 
 def ours(answer: Mapping[str, Any]) -> bool:
@@ -49,6 +56,7 @@ class Poller:
         self._interval = interval
         self._clock = clock
         self._passed: dict[str, float] = {}
+        self.others_begin = OTHERS_BEGIN
         self.polls = 0
 
     async def headers(self) -> dict[str, str]:
@@ -76,12 +84,18 @@ class Poller:
         if isinstance(offered, dict) and isinstance(offered.get("id"), str):
             await self._consider(offered, ours(answer))
         asked = answer.get("poll_interval_seconds")
-        asked = float(asked) if isinstance(asked, int | float) else self._interval
-        return min(max(self._interval, asked), max(SLOWEST, self._interval))
+        asked = asked if isinstance(asked, int | float) else self._interval
+        return float(min(max(self._interval, asked), max(SLOWEST, self._interval)))
 
     async def _consider(self, offered: dict[str, Any], hub: bool) -> None:
         job_id = offered["id"]
-        if self._uplink.room() <= 0 or self._clock() < self._passed.get(job_id, 0.0):
+        if self._uplink.room() <= 0 or self._is_passed(job_id):
+            return
+        try:
+            msgspec.convert(job_id, JobId)
+        except msgspec.ValidationError:
+            # It would be part of paths and names of files.
+            self._pass_over(job_id, "that is no id of a job")
             return
         if not hub and await self._in_the_cloud(job_id):
             self._pass_over(job_id, "it is a job of the cloud: it has begun already")
@@ -95,65 +109,95 @@ class Poller:
         return stands.get("started_at") is not None
 
     def _pass_over(self, job_id: str, why: str) -> None:
-        logger.info("job {} is not claimed: {}", job_id, why)
+        logger.info("job {!r} is not claimed: {}", job_id, why)
         self._passed[job_id] = self._clock() + PASSED_OVER
+
+    def _is_passed(self, job_id: str) -> bool:
+        return self._clock() < self._passed.get(job_id, 0.0)
 
     async def _finish_claim(self, first: bool = False) -> None:
         """Claim the noted job, if there is one. A second try means that the answer to the first was lost."""
         kept = await self._uplink.noted(CLAIMING)
         if not kept:
             return
-        offered = msgspec.json.decode(kept)
-        job_id = offered["id"]
-        if job_id not in self._uplink.jobs():
-            try:
-                answer = await self._claim(job_id, first)
-            except Said as said:
-                self._pass_over(job_id, str(said))
-            except Unreached:
-                if first:
-                    # Surely not claimed, and by then somebody else may have it.
-                    await self._uplink.note({CLAIMING: ""})
-                raise
-            else:
-                await self._take({**offered, **(answer.get("job") or {})}, answer)
+        offered = msgspec.json.decode(kept, type=dict[str, Any])
+        job_id = str(offered["id"])
+        if job_id not in self._uplink.jobs() and not self._is_passed(job_id):
+            answer = await self._claim(offered, first)
+            if answer is not None:
+                await self._take(offered, answer)
         await self._uplink.note({CLAIMING: ""})
 
-    async def _claim(self, job_id: str, first: bool) -> dict[str, Any]:
+    async def _claim(self, offered: Mapping[str, Any], first: bool) -> dict[str, Any] | None:
+        """Return the answer, with the job's token, or None where the job is another's. Raises RestError."""
+        job_id = str(offered["id"])
         try:
             answer = await self._client.call(
                 "POST", CLAIM.format(job_id=job_id), headers=await self.headers()
             )
         except Said as said:
-            if first or said.body.get("code") != "ALREADY_CLAIMED":
+            # A hub answers the same agent again; the platform says this of whoever has it.
+            unknown = said.body.get("code") == "ALREADY_CLAIMED" and not first and not offered.get("hub")
+            if unknown and not await self._begun_elsewhere(job_id):
+                logger.info("job {}: the answer to its claim was lost; asking for its token", job_id)
+                answer = {}
+            elif first or unknown or (said.own and said.status != 401):
+                self._pass_over(job_id, str(said))
+                return None
+            else:
                 raise
-            logger.info("job {}: the answer to its claim was lost; asking for its token", job_id)
-            answer = {}
+        except Unreached:
+            if first:
+                # Surely not claimed, and by then somebody else may have it.
+                await self._uplink.note({CLAIMING: ""})
+            raise
         if not answer.get("job_token"):
             answer = {**answer, "job_token": await recovered(self._client, job_id)}
         return answer
 
+    async def _begun_elsewhere(self, job_id: str) -> bool:
+        """Tell whether a job is another agent's: nothing says who claimed it, and only that agent begins it."""
+        await anyio.sleep(self.others_begin)
+        stands = await self._client.get(f"{JOB}/status".format(job_id=job_id))
+        ended = stands.get("status") in ("completed", "failed", "cancelled")
+        return bool(ended or stands.get("started_at") or stands.get("current_step"))
+
     async def _take(self, offered: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
-        job_id = offered["id"]
-        config = offered.get("config")
-        dataset = answer.get("dataset")
-        offer = Offer(
-            msgspec.json.encode(config if isinstance(config, dict) else {}).decode(),
-            str(offered.get("dataset_path") or ""),
-            str(answer["job_token"]),
-            msgspec.convert(dataset, DatasetRef) if dataset else None,
-            hosted.name_of(offered)[:200],
-        )
-        version = answer.get("desired_version")
-        want = answer.get("want")
-        wish = Desired(
-            job_id,
-            version if isinstance(version, int) else 1,
-            want if want in ("run", "pause", "stop", "cancel") else "run",
-            offer,
-        )
-        await self._uplink.desired(wish)
+        job_id = str(offered["id"])
+        try:
+            await self._uplink.desired(
+                wish_of({**offered, **(answer.get("job") or {}), "id": job_id}, answer)
+            )
+        except UNREADABLE as error:
+            # It is ours by now, and nobody else will say what became of it.
+            why = f"The backend's answer to this job's claim cannot be read: {error}"
+            self._pass_over(job_id, why)
+            with suppress(RestError):
+                path, body = f"{JOB}/status".format(job_id=job_id), {"status": "failed", "error": why}
+                await self._client.call("PATCH", path, body, token=str(answer["job_token"]))
+            return
         logger.info("claimed job {}", job_id)
+
+
+def wish_of(offered: Mapping[str, Any], answer: Mapping[str, Any]) -> Desired:
+    """Return what a claimed job is as the socket would bring it. Raises one of `UNREADABLE`."""
+    config = offered.get("config")
+    dataset = answer.get("dataset")
+    offer = Offer(
+        msgspec.json.encode(config if isinstance(config, dict) else {}).decode(),
+        str(offered.get("dataset_path") or ""),
+        str(answer["job_token"]),
+        msgspec.convert(dataset, DatasetRef) if dataset else None,
+        hosted.name_of(offered)[:200],
+    )
+    version = answer.get("desired_version")
+    want = answer.get("want")
+    return Desired(
+        str(offered["id"]),
+        version if isinstance(version, int) and 0 <= version < 1 << 53 else 1,
+        want if want in ("run", "pause", "stop", "cancel") else "run",
+        offer,
+    )
 
 
 async def recovered(client: RestClient, job_id: str) -> str:

@@ -1,10 +1,14 @@
 """Polls and claims: whose a job is, and that a lost answer costs none."""
 
+from typing import Any
+
 import anyio
 import pytest
 
+from agent.errors import AgentError
 from agent.net.client import RestError
 from agent.net.poll import Poller
+from protocol.messages import Desired
 from tests.net.kept import AGENT, Kept, client
 from tests.support.platform import Platform
 
@@ -12,6 +16,7 @@ from tests.support.platform import Platform
 async def _poll(platform: Platform, store: Kept, times: int = 1) -> list[float]:
     rest = client(platform)
     poller = Poller(rest, store, interval=10.0)
+    poller.others_begin = 0.0
     try:
         return [await poller.once() for _ in range(times)]
     finally:
@@ -41,22 +46,98 @@ def test_jobs_of_the_cloud_and_of_other_agents_are_left_alone() -> None:
         platform.submit({}, started_at="2026-01-01T00:00:00Z")
         anyio.run(_poll, platform, store, 2)
         assert platform.seen["claim"] == 0 and not store.wishes
-    with Platform() as platform:
-        job = platform.submit({})
-        platform.fault("claim", "500")
-        store = Kept("none")
-        store.notes["claiming"] = ""
 
-        async def taken() -> None:
-            offered = {"id": job, "config": {}}
-            platform.rows[job] |= {"agent_id": "agent_other", "status": "running"}
+
+@pytest.mark.parametrize("shows", ["started_at", "current_step", "hub"])
+def test_a_claim_that_was_not_done_leaves_the_job_to_whoever_claims_it_next(shows: str) -> None:
+    with Platform() as platform:
+        store = Kept("none")
+        job = platform.submit({})
+        hub = shows == "hub"
+
+        async def run() -> None:
             rest = client(platform)
-            await Poller(rest, store, interval=10.0)._consider(offered, hub=True)
+            poller = Poller(rest, store, interval=10.0)
+            poller.others_begin = 0.0
+            platform.fault("claim", "502")
+            with pytest.raises(RestError):
+                await poller._consider({"id": job, "config": {}}, hub=hub)
+            assert store.notes["claiming"]
+            # Meanwhile another agent asked. A hub's 409 says as much: it answers the same agent again.
+            platform.rows[job] |= {"agent_id": "agent_other", "status": "running"}
+            if not hub:
+                platform.rows[job][shows] = 1
+            await poller.once()
             await rest.close()
 
-        platform._faults.clear()
-        anyio.run(taken)
-        assert platform.seen["claim"] == 1 and not store.wishes and not store.notes["claiming"]
+        anyio.run(run)
+        assert not store.wishes and not store.notes["claiming"] and platform.seen["jobs"] == 0
+
+
+@pytest.mark.parametrize("job_id", ["../../etc/passwd", "/var/log/auth", "a/b", "a\n", "x" * 200, ""])
+def test_what_is_no_id_of_a_job_is_not_claimed(job_id: str) -> None:
+    with Platform() as platform:
+        store = Kept("none")
+        platform.say("poll", {"job": {"id": job_id, "config": {}}, "poll_interval_seconds": 10**400})
+        assert anyio.run(_poll, platform, store) == [30.0]
+        assert not store.wishes and not store.notes.get("claiming")
+        assert platform.seen["read-status"] == platform.seen["claim"] == 0
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"dataset": {"sha256": "0" * 64, "size": 1}},
+        {"dataset": ["no hash", 1]},
+        {"dataset": 7},
+        {"job": [1, 2]},
+        {"job": "x"},
+    ],
+)
+def test_an_answer_to_a_claim_that_cannot_be_read_fails_that_job_alone(said: dict[str, Any]) -> None:
+    with Platform() as platform:
+        store = Kept("none")
+        job = platform.submit({})
+        platform.say("claim", {"job_token": platform.rows[job]["job_token"], **said})
+        anyio.run(_poll, platform, store)
+        assert not store.wishes and not store.notes["claiming"]
+        assert platform.rows[job]["status"] == "failed"
+        assert "cannot be read" in platform.rows[job]["config"]["error"]
+        other = platform.submit({})
+        anyio.run(_poll, platform, store, 2)
+        assert [wish.job_id for wish in store.wishes] == [other]
+
+
+class Full(Kept):
+    """A journal whose disk is full for a while."""
+
+    full = True
+
+    async def desired(self, message: Desired) -> None:
+        if self.full:
+            raise AgentError("The disk is full.")
+        await super().desired(message)
+
+
+@pytest.mark.parametrize("claim", ["", "401", "page"])
+def test_a_job_that_was_claimed_is_kept_in_mind_until_it_can_be_stored(claim: str) -> None:
+    with Platform() as platform:
+        store = Full("none")
+        job = platform.submit({})
+
+        async def run() -> None:
+            with pytest.raises(AgentError):
+                await _poll(platform, store)
+            store.full = False
+            if claim:
+                # Nothing that the platform itself says of this job.
+                platform.fault("claim", claim)
+                with pytest.raises(RestError):
+                    await _poll(platform, store)
+            await _poll(platform, store)
+
+        anyio.run(run)
+        assert [wish.job_id for wish in store.wishes] == [job] and not store.notes["claiming"]
 
 
 @pytest.mark.parametrize("token", ["kept", "missing"])
