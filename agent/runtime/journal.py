@@ -19,8 +19,8 @@ from agent.runtime.journal_schema import (
     JournalFull,
     JournalInUse,
     JournalTooNew,
-    code_of,
     connect,
+    is_full,
 )
 from agent.runtime.journal_tables import Point, Reader, Stream, Tx
 
@@ -130,7 +130,7 @@ class Journal:
             return self._transaction(tasks)
         except sqlite3.Error as exc:
             self._roll_back()
-            if code_of(exc) != sqlite3.SQLITE_FULL:
+            if not is_full(exc):
                 return [(task, None, exc) for task in tasks]
         # The ballast makes room for deletes and for the little that tells of the trouble. One by one,
         # so that what does not fit does not take the rest with it.
@@ -142,8 +142,7 @@ class Journal:
                 outcomes += self._transaction([task])
             except sqlite3.Error as exc:
                 self._roll_back()
-                full = code_of(exc) == sqlite3.SQLITE_FULL
-                outcomes.append((task, None, JournalFull(self.path) if full else exc))
+                outcomes.append((task, None, JournalFull(self.path) if is_full(exc) else exc))
         return outcomes
 
     def _transaction(self, tasks: list[_Task]) -> "list[_Outcome]":
@@ -156,7 +155,7 @@ class Journal:
             try:
                 outcomes.append((task, task.run(tx), None))
             except Exception as exc:  # the caller's, and raised there
-                if isinstance(exc, sqlite3.Error) and code_of(exc) == sqlite3.SQLITE_FULL:
+                if isinstance(exc, sqlite3.Error) and is_full(exc):
                     raise
                 self._db.execute("ROLLBACK TO change")
                 outcomes.append((task, None, exc))
@@ -199,10 +198,19 @@ class Journal:
             return
         if not self._ballast.exists():
             part = self._ballast.with_suffix(".part")
-            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                # Random, since some file systems store no zeros.
-                file.write(os.urandom(BALLAST_BYTES))
-            part.rename(self._ballast)
+            try:
+                with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                    # Random, since some file systems store no zeros.
+                    file.write(os.urandom(4 * BALLAST_BYTES if self.full else BALLAST_BYTES))
+                    file.flush()
+                    if self.full:
+                        # What a quota leaves is known only by writing it, and over a network by syncing it.
+                        os.fsync(file.fileno())
+                        file.truncate(BALLAST_BYTES)
+                part.rename(self._ballast)
+            except OSError:
+                part.unlink(missing_ok=True)
+                raise
         self.full = False
 
 

@@ -72,7 +72,10 @@ class JournalFull(JournalError):
     """The disk under the journal is full; what was to be written was not."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(f"no space left on the disk of {path}. Free some; nothing stored so far is lost.")
+        super().__init__(
+            f"no space left on the disk of {path}, or a quota or another limit on it is reached. "
+            "Free some; nothing stored so far is lost."
+        )
         self.path = path
 
 
@@ -94,6 +97,16 @@ def connect(path: Path) -> tuple[sqlite3.Connection, Path | None]:
 def code_of(exc: sqlite3.Error) -> int:
     """Return SQLite's primary result code; 0 where the error is the Python module's own."""
     return getattr(exc, "sqlite_errorcode", 0) & 0xFF
+
+
+def is_full(exc: sqlite3.Error) -> bool:
+    """Tell whether there was no room to write.
+
+    Only a full disk is one to SQLite; a full quota (EDQUOT) and a file as large as it may be (EFBIG) are to it
+    errors of writing.
+    """
+    written = getattr(exc, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_WRITE
+    return written or code_of(exc) == sqlite3.SQLITE_FULL
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -127,7 +140,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection.close()
         if code_of(exc) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise JournalInUse(path) from exc
-        if code_of(exc) == sqlite3.SQLITE_FULL:
+        if is_full(exc):
             raise JournalFull(path) from exc
         raise
     except JournalError:

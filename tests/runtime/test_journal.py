@@ -1,4 +1,5 @@
 import asyncio
+import resource
 import sqlite3
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import anyio
 import pytest
 
 from agent.runtime.journal import (
+    BALLAST_BYTES,
     Journal,
     JournalError,
     JournalFull,
@@ -240,6 +242,55 @@ def test_where_an_append_finds_no_room_a_delete_beside_it_is_done(path: Path, la
             together.set()
         assert outcomes == [JournalFull, 50]
         assert [stream.last for stream in await journal.read(Reader.streams)] == [50]
+
+    with_journal(path, use)
+
+
+def test_a_limit_that_is_no_full_disk_is_waited_for_as_one(path: Path) -> None:
+    """A limit on the size of files stands for a quota, which a test cannot set: SQLite calls both an I/O error."""
+
+    async def use(journal: Journal) -> None:
+        await journal.write(lambda tx: tx.set_epoch(7))
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+        try:
+            with pytest.raises(JournalFull, match="a quota"):
+                for _ in range(100):
+                    await journal.write(lambda tx: tx.append("agent", 1, b"x" * 50_000))
+            stored = (await journal.read(Reader.streams))[0].last
+            was_full = journal.full
+            with pytest.raises(JournalFull):
+                await journal.write(lambda tx: tx.append("agent", 1, b"x" * 50_000))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        # It looks after each question; the second waits for that.
+        for _ in range(2):
+            await journal.read(Reader.epoch)
+        assert (was_full, journal.full) == (True, False)
+        assert await journal.write(lambda tx: tx.append("agent", 1, b"x" * 50_000)) == stored + 1
+
+    with_journal(path, use)
+    assert path.with_name(path.name + ".ballast").stat().st_size == BALLAST_BYTES
+
+
+def test_room_is_known_only_by_writing_it_and_an_attempt_leaves_nothing(path: Path) -> None:
+    async def use(journal: Journal) -> None:
+        await journal.write(lambda tx: tx.set_epoch(7))
+        ballast = path.with_name(path.name + ".ballast")
+        ballast.unlink()
+        journal.full = True
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 * BALLAST_BYTES, before[1]))
+        try:
+            for _ in range(3):
+                await journal.read(Reader.epoch)
+            assert journal.full
+            assert {one.name for one in path.parent.iterdir()} == {path.name, path.name + "-wal"}
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        for _ in range(2):
+            await journal.read(Reader.epoch)
+        assert ballast.stat().st_size == BALLAST_BYTES
 
     with_journal(path, use)
 
