@@ -37,6 +37,8 @@ from protocol.session import Acked, AgentSession, Closing, Dropped, Welcomed
 
 OPEN_WITHIN = 10.0
 """Seconds for TCP, TLS and the upgrade together."""
+HELLO_WITHIN = 10.0
+"""Seconds from the upgrade to HELLO: the backend waits no longer, and nothing reads the connection until then."""
 HEALTHY = 60.0
 """Seconds a session must have lived before the next dial's wait starts small again."""
 PROBE_WITHIN = 5.0
@@ -224,7 +226,8 @@ class Link:
                     f"{self.url} accepted a WebSocket but speaks none of {', '.join(SUBPROTOCOLS)}. Check BACKEND_URL."
                 )
             codec = Codec(socket.subprotocol)
-            hello = await self._uplink.hello()
+            with anyio.fail_after(HELLO_WITHIN):
+                hello = await self._uplink.hello()
             # A HELLO that fills no frame; the other streams are opened after it.
             hello = msgspec.structs.replace(hello, streams=hello.streams[: self._frames.hello_streams])
             session = AgentSession(hello, self._clock(), self._heartbeat)

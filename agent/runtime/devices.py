@@ -6,6 +6,7 @@ Both libraries are imported at first use: the agent dials before it looks at the
 import platform
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -18,6 +19,8 @@ from protocol.messages import Gpu
 
 GIB = 1 << 30
 MEGABYTE = 1_000_000
+NVML_WITHIN = 60.0
+"""Seconds in which the driver must have opened all cards: a machine with eight may take a while."""
 
 
 class Inventory(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,7 +68,7 @@ def inventory(paths: Sequence[Path]) -> Inventory:
         ram_gb=round(psutil.virtual_memory().total / GIB, 2),
         disk_total_gb=round(total / GIB, 2),
         disk_free_gb=round(free / GIB, 2),
-        gpus=[nvml.describe(index) for index in range(nvml.count)],
+        gpus=nvml.gpus,
         gpu_problem=nvml.problem,
         network={"up": str(sum(links)), "down": str(len(links) - sum(links))},
     )
@@ -178,8 +181,12 @@ class _Nvml:
     def __init__(self) -> None:
         self.count = 0
         self.problem = ""
+        self.gpus: list[Gpu] = []
         self._handles: list[Any] = []
         self._events: Any = None
+
+    def open(self) -> None:
+        """Find the driver and its cards."""
         try:
             import pynvml
         except ImportError:
@@ -199,15 +206,16 @@ class _Nvml:
                 "after a driver update a restart of the machine does it."
             )
             return
-        self.count = len(self._handles)
+        self.gpus = [self._describe(index) for index in range(len(self._handles))]
         self._watch()
+        self.count = len(self._handles)
 
     def read(self, function: str, index: int, *args: Any, part: str = "") -> int | None:
         value = self._ask(function, self._handles[index], *args)
         number: int | None = getattr(value, part) if part and value is not None else value
         return number
 
-    def describe(self, index: int) -> Gpu:
+    def _describe(self, index: int) -> Gpu:
         handle = self._handles[index]
         cuda = self._ask("nvmlSystemGetCudaDriverVersion")
         capability = self._ask("nvmlDeviceGetCudaComputeCapability", handle)
@@ -259,8 +267,22 @@ class _Nvml:
 
 @cache
 def _nvml() -> _Nvml:
-    """Return this process's NVML: it is initialised once per process."""
-    return _Nvml()
+    """Return this process's NVML: it is initialised once per process.
+
+    A broken driver may hang in that for ever, and the link waits for the machine's description; the thread is left.
+    """
+    nvml = _Nvml()
+    opening = threading.Thread(target=nvml.open, name="nvml", daemon=True)
+    opening.start()
+    opening.join(NVML_WITHIN)
+    if not opening.is_alive():
+        return nvml
+    nvml = _Nvml()
+    nvml.problem = (
+        f"The NVIDIA driver has not answered for {NVML_WITHIN:g} s. Jobs run without a GPU until that is solved and "
+        "the agent is started again; a restart of the machine often does it."
+    )
+    return nvml
 
 
 def free_disk(paths: Sequence[Path]) -> int:

@@ -18,6 +18,7 @@ from protocol.messages import (
     Command,
     Desired,
     Heartbeat,
+    Hello,
 )
 from protocol.records import CommandDone, JobStatus, LogChunk, Notice, Point
 from protocol.session import FRAME_TARGET, Key
@@ -291,6 +292,21 @@ async def test_a_refused_stream_is_dropped_and_the_others_go_on() -> None:
         await backend.until(lambda: records.at[CONTROL] == 1)
     assert backend.texts(gone) == []
     assert len(backend.hellos) == 1
+
+
+async def test_a_hello_that_is_not_ready_costs_that_dial_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent.net.websocket, "HELLO_WITHIN", 0.2)
+    backend, records = Backend(), Records()
+    ready = records.hello
+
+    async def stuck_once() -> Hello:
+        if len(backend.requests) == 1:
+            await anyio.sleep_forever()
+        return await ready()
+
+    records.hello = stuck_once  # type: ignore[method-assign]
+    async with serving(backend), running(link_to(backend, records)):
+        await backend.until(lambda: len(backend.hellos) == 1)
 
 
 # Ending

@@ -1,6 +1,7 @@
 import ctypes
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -168,6 +169,24 @@ def test_no_driver_is_no_gpu_and_a_broken_one_is_told(
     sampler = Sampler([tmp_path])
     assert faults() == []
     assert not any(name.startswith("gpu") for name in sampler.sample())
+
+
+def test_a_driver_that_never_answers_is_told_and_hangs_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(devices, "NVML_WITHIN", 0.1)
+    driver, never = use(Driver(), monkeypatch), threading.Event()
+    monkeypatch.setattr(driver, "nvmlInit", never.wait, raising=False)
+    try:
+        found = inventory([tmp_path])
+        assert found.gpus == []
+        assert found.gpu_problem.startswith(
+            "The NVIDIA driver has not answered for 0.1 s. Jobs run without a GPU"
+        )
+        assert gpu_pids() == set()
+        assert free_memory(0) is None
+    finally:
+        never.set()
 
 
 def test_the_machines_figures_are_sane(tmp_path: Path) -> None:
