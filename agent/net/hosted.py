@@ -49,7 +49,7 @@ CARRIED = (
     "epochs_without_improvement",
     "loss_trend",
 )
-"""The platform takes its summary of a job from a batch's last point, and what that lacks it sets to null."""
+"""The platform takes its summary of a job from a batch's highest step, and what that lacks it sets to null."""
 
 
 def iso(seconds: float) -> str:
@@ -87,14 +87,17 @@ def kind_of(row: Mapping[str, Any]) -> str:
 
 
 def carry(rows: list[dict[str, Any]], carried: dict[str, Any]) -> dict[str, Any]:
-    """Put the newest evaluation's values on the last of ``rows``, and return what to carry on.
+    """Put the newest evaluation's values on the highest step of ``rows``, and return what to carry on.
 
-    Only where an evaluation has been: nothing is made up.
+    On each point of that step: which of two the platform takes is not written anywhere. Only where an evaluation
+    has been: nothing is made up.
     """
+    highest = max(int(row["step"]) for row in rows)
     for row in rows:
         carried = carried | {name: row[name] for name in CARRIED if name in row}
-    for name, value in carried.items():
-        rows[-1].setdefault(name, value)
+    for row in rows:
+        if row["step"] == highest:
+            row |= {name: value for name, value in carried.items() if name not in row}
     return carried
 
 
@@ -174,7 +177,7 @@ def obey(job: Job, said: str, before: str) -> Want | None:
     """Return what the platform's status asks of a job; ``before`` is the last status known there.
 
     What we wrote ourselves asks for nothing. `completed` and `failed` are not the platform's to say of a job
-    that runs here: a sweep of its own sets them, and the next report puts them right.
+    that lives here: a sweep of its own sets them, and whoever sees them there puts them right.
     """
     if job.state in TERMINAL or said == before:
         return None

@@ -112,17 +112,14 @@ class PlatformDrain(Drain):
         await self._keep(job_id, memo)
         try:
             answer = await self.client.call(method, path, body, token=token)
-        except Said as said:
-            if said.status == 401:
-                fresh = await recovered(self.client, job_id)
-                await self.uplink.keep_token(job_id, fresh)
+        except (Said, Unreached) as refused:
+            if isinstance(refused, Said) and refused.status == 401:
+                await self.uplink.keep_token(job_id, await recovered(self.client, job_id))
             raise
         except Unclear as error:
             self._doubt(job_id, self._settle if error.late else self._settle / 10)
             memo.until = self._until(job_id)
             await self._keep(job_id, memo)
-            raise
-        except Unreached:
             raise
         except BaseException:
             # Cancelled: the socket has its turn, or the agent leaves.
@@ -286,7 +283,7 @@ class PlatformDrain(Drain):
         state = JobState(record.state)
         word = hosted.STATUS[state]
         if word != memo.status and not self._on_its_way(job_id, word):
-            if state not in TERMINAL and await self._wanted_otherwise(job_id, memo):
+            if state not in TERMINAL and await self._obeyed(job_id, await self._said(job_id), memo):
                 return
             await self._patch(job_id, record, word, memo)
         if fields := hosted.fields_of(record):
@@ -319,7 +316,7 @@ class PlatformDrain(Drain):
         if late and JobState(record.state) in TERMINAL:
             # An earlier word of ours may have been carried out after this one.
             await self._settle_down(job_id)
-            if (await self._status(job_id)).get("status") != word:
+            if await self._said(job_id) != word:
                 raise Unclear(f"job {job_id}: its end was overtaken by an earlier status")
 
     async def _tell(self, job_id: str, fields: dict[str, Any]) -> None:
@@ -352,13 +349,26 @@ class PlatformDrain(Drain):
         return job.state not in TERMINAL
 
     async def look(self, job: Job) -> None:
-        memo = await self._memo(job.job_id)
-        if await self._wanted_otherwise(job.job_id, memo):
+        job_id, memo = job.job_id, await self._memo(job.job_id)
+        said = await self._said(job_id)
+        if await self._obeyed(job_id, said, memo):
             return
-        quiet = self.clock() - self._written.setdefault(job.job_id, self.clock())
-        if quiet >= KEEPALIVE and memo.status == "running":
-            path = f"{JOB}/status".format(job_id=job.job_id)
-            await self._call("PATCH", path, job.job_id, {"status": "running"})
+        quiet = self.clock() - self._written.setdefault(job_id, self.clock())
+        swept = said in ("failed", "completed") and self._lives_as(job_id, memo.status)
+        if swept:
+            logger.warning("job {}: the platform calls it {}, and it lives here: saying so", job_id, said)
+        if swept or (quiet >= KEEPALIVE and memo.status == "running"):
+            path = f"{JOB}/status".format(job_id=job_id)
+            await self._call("PATCH", path, job_id, {"status": memo.status})
+
+    def _lives_as(self, job_id: str, word: str) -> bool:
+        """Tell whether the job has not ended, and nothing is on its way that says otherwise than ``word``."""
+        job = self.uplink.jobs().get(job_id)
+        lives = job is not None and job.state not in TERMINAL and hosted.STATUS[job.state] == word
+        return lives and not self._on_its_way(job_id, word)
+
+    async def _said(self, job_id: str) -> str:
+        return str((await self._status(job_id)).get("status") or "")
 
     async def _status(self, job_id: str) -> dict[str, Any]:
         """Read how the job stands there; one that is gone takes no records any more. Raises RestError."""
@@ -372,9 +382,8 @@ class PlatformDrain(Drain):
                     await self.uplink.dropped(key, "the job was deleted there")
             raise
 
-    async def _wanted_otherwise(self, job_id: str, memo: Memo) -> bool:
+    async def _obeyed(self, job_id: str, said: str, memo: Memo) -> bool:
         """Do what the platform's status asks of a job; True where it asks for something."""
-        said = str((await self._status(job_id)).get("status") or "")
         job = self.uplink.jobs().get(job_id)
         want = hosted.obey(job, said, memo.status) if job is not None else None
         if job is None or want is None:

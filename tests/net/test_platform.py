@@ -9,6 +9,7 @@ import pytest
 
 from agent.net.client import Unreached
 from agent.net.lines import LOG_CAP
+from protocol.lifecycle import JobState, Want
 from protocol.records import Checkpoint, JobFacts, Notice, Result
 from protocol.rest import POLL
 from protocol.session import Key
@@ -30,6 +31,9 @@ def test_points_keep_their_order_their_times_and_the_newest_evaluation() -> None
         deliver(platform, store)
         row = platform.rows[store.job_id]
         assert steps(platform, store) == [0, 1, 2, 2]
+        # Of two points of the highest step either may be what the page's summary is taken from.
+        assert [point["eval_loss"] for point in platform.chart(store.job_id)] == [None, None, 1.5, 1.5]
+        assert (row["eval_loss"], row["perplexity"], row["best_eval_loss"]) == (1.5, 2.0, 1.5)
         store.step(3, loss=math.nan)
         deliver(platform, store)
         last = platform.chart(store.job_id)[-1]
@@ -320,6 +324,27 @@ def test_what_the_platform_says_of_a_job_is_obeyed_where_it_is_its_to_say(
             store.status("running")
             deliver(platform, store)
             assert platform.rows[store.job_id]["status"] == said
+
+
+@pytest.mark.parametrize("state", ["running", "paused"])
+@pytest.mark.parametrize("swept", ["failed", "completed"])
+def test_a_living_job_that_a_sweep_ended_is_set_right_at_once(swept: str, state: str) -> None:
+    with Platform() as platform:
+        store = kept(platform)
+        store.status("running")
+        store.status(state)
+        store.step(1)
+        deliver(platform, store)
+        # Not what is about to end anyway, or has.
+        held = store.held[store.job_id]
+        for other in ({"want": Want.CANCEL}, {"state": JobState.COMPLETED}):
+            store.held[store.job_id] = msgspec.structs.replace(held, **other)
+            if state == "running":
+                anyio.run(_looked, platform, store, swept)
+                assert platform.rows[store.job_id]["status"] == swept
+        store.held[store.job_id] = held
+        assert anyio.run(_looked, platform, store, swept) == []
+        assert platform.rows[store.job_id]["status"] == state
 
 
 def test_a_quiet_job_is_confirmed_before_the_page_calls_it_stale() -> None:
