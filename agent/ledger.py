@@ -13,7 +13,7 @@ from agent.core.job import Job
 from agent.core.outbox import admit
 from agent.runtime.journal import Journal, Tx
 from protocol.messages import Lane
-from protocol.records import AnyRecord, LogChunk, Notice, Point
+from protocol.records import AnyRecord, LogChunk, Notice, Point, Schema
 from protocol.session import Key
 
 OVER_QUOTA = (
@@ -61,6 +61,8 @@ class Ledger:
         self.drained = anyio.Event()
         """Set when everything is acknowledged; who waits puts a new one here first."""
         self.on_append: Callable[[], None] = lambda: None
+        self.schemas: Callable[[str], list[Schema]] = lambda job_id: []
+        """Returns the schemas that the points of a job were sent with since this start."""
         self.open_logs: set[str] = set()
         """Jobs that have had a process since their log was last read to its end: more of it is to be sent."""
         self._outbox_bytes = outbox_bytes

@@ -12,7 +12,7 @@ from agent.core.job import Job
 from agent.desk import JobDesk
 from agent.errors import NotPossible, UnknownJob
 from agent.ledger import scrub_told
-from agent.runtime.journal import Tx
+from agent.runtime.journal import JournalFull, Tx
 from protocol.codec import decode_record, encode_record
 from protocol.failures import FailureReason, failure
 from protocol.fields import Values
@@ -112,6 +112,16 @@ class JournalUplink:
         last = self._desk.ledger.heads.pop(key, None)
         if last:
             await self._trim(key, last)
+
+    async def buried(self, key: Key, reason: str) -> None:
+        # What is too large for the backend would be so again.
+        if key.lane != Lane.CONTROL or reason == "oversize":
+            return
+        try:
+            # A schema may have been among what it will never have, and points without names are worth little.
+            await self._desk.append(key.scope, Lane.CONTROL, self._desk.ledger.schemas(key.scope))
+        except JournalFull as error:
+            logger.warning("the names of points of job {} cannot be said again: {}", key.scope, error)
 
     async def _trim(self, key: Key, seq: int, notes: Mapping[str, str] | None = None) -> None:
         job = self._desk.jobs.get(key.scope)

@@ -238,6 +238,10 @@ class AgentSession(Base):
         self._flight_bytes += size
         self._out.append(Data(stream.sid, lo, [msgspec.Raw(body) for body in bodies]))
 
+    def key(self, sid: int) -> Key | None:
+        """Return the stream of a number; None for one that is not open."""
+        return self._keys.get(sid)
+
     def last(self, key: Key) -> int:
         """Return the last number that was announced of a stream; 0 for one that is not open."""
         stream = self._streams.get(key)

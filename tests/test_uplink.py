@@ -8,12 +8,15 @@ import msgspec
 import pytest
 
 from agent.core.job import Job
+from agent.hearing import Hearing
 from agent.runtime.redact import Redactor
+from agent.runtime.supervisor import Fact, Heard
 from agent.watch import Watch
 from protocol.lifecycle import JobState
 from protocol.messages import Command, Desired, Lane, Offer
-from protocol.records import CommandDone
+from protocol.records import CommandDone, Schema
 from protocol.session import Key
+from protocol.worker import Metrics, Numbered
 from tests.support.desks import EPOCH, desk_in, job, settings, stored, uplink_of
 
 
@@ -111,3 +114,31 @@ def test_a_token_is_kept_until_the_last_line_of_the_log_has_arrived(tmp_path: Pa
 
 def as_failed(running: Job) -> Job:
     return msgspec.structs.replace(running, state=JobState.FAILED)
+
+
+def test_the_names_of_points_are_said_again_where_they_were_lost(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with desk_in(tmp_path, job(JobState.RUNNING, worker_pid=1)) as desk:
+            hearing, uplink = Hearing(desk, lambda event: event), uplink_of(desk)
+            send, facts = anyio.create_memory_object_stream[list[Fact]](1)
+            with send:
+                metrics = Metrics(step=1, epoch=0.1, time=1.0, values={"loss": 1.0})
+                await send.send([Heard("j", 1, Numbered(1, 1, metrics))])
+            with facts:
+                await hearing.run(facts)
+            [_, schema] = await stored(desk, "j")
+            assert isinstance(schema, Schema)
+            control = Key(EPOCH, "j", Lane.CONTROL)
+            # A backend that comes from a backup had acknowledged them, so they are deleted here.
+            await uplink.acked(control, 2)
+            for key, reason in (
+                (Key(EPOCH, "j", Lane.LOGS), "trimmed"),
+                (Key(EPOCH, "", Lane.CONTROL), "trimmed"),
+                (control, "oversize"),
+            ):
+                await uplink.buried(key, reason)
+                assert await stored(desk, "j") == []
+            await uplink.buried(control, "trimmed")
+            assert await stored(desk, "j") == [schema]
+
+    anyio.run(test)

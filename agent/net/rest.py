@@ -114,7 +114,9 @@ class HubDrain(Drain):
             return first - 1
 
     async def _bury(self, key: Key, token: str, lo: int, hi: int, reason: str) -> int:
-        return await self._send(key, token, lo, hi, msgspec.msgpack.encode([]), reason)
+        at = await self._send(key, token, lo, hi, msgspec.msgpack.encode([]), reason)
+        await self.uplink.buried(key, reason)
+        return at
 
     async def _send(self, key: Key, token: str, lo: int, hi: int, raw: bytes, tomb: str = "") -> int:
         method, path = ROUTES[Lane(key.lane)] if key.scope else ("POST", RECORDS)

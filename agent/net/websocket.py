@@ -4,7 +4,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import anyio
@@ -31,7 +31,7 @@ from agent.net.retry import (
 from agent.net.sleep import EVERY, Clocks, read_clocks, slept
 from protocol.codec import BadMessage, Codec
 from protocol.fields import MAX_FRAME
-from protocol.messages import CONNECT_PATH, SUBPROTOCOLS, Close, Command, Desired, Goaway
+from protocol.messages import CONNECT_PATH, SUBPROTOCOLS, Close, Command, Desired, Goaway, Tomb
 from protocol.rest import HEADER_AGENT
 from protocol.session import Acked, AgentSession, Closing, Dropped, Welcomed
 
@@ -115,19 +115,13 @@ class Link:
 
     async def run(self) -> None:
         """Dial for ever. Raises Refused when dialling again cannot help."""
-        refused: Refused | None = None
-        async with anyio.create_task_group() as group:
-            group.start_soon(self._notice_sleep)
-            try:
-                await self._dial_for_ever()
-            except Refused as error:
-                refused = error  # by itself, not in a group of errors
-            group.cancel_scope.cancel()
-        if refused is not None:
-            raise refused
+        await self._dial_for_ever()
 
-    async def _notice_sleep(self) -> None:
-        """Look at the clocks; after a sleep ask the backend for a sign of life, and wait for no old dial."""
+    async def notice_sleep(self) -> NoReturn:
+        """Look at the clocks; after a sleep ask the backend for a sign of life, and wait for no old dial.
+
+        Run beside `run`, and also where nobody dials: a sleep is explained by whatever way there is.
+        """
         before = self._clocks()
         while True:
             await anyio.sleep(EVERY)
@@ -351,6 +345,8 @@ class Link:
             data = codec.encode(message)
             self._frames.sent(len(data))
             await socket.send(data.decode() if codec.as_json else data)
+            if isinstance(message, Tomb) and (key := session.key(message.sid)) is not None:
+                await self._uplink.buried(key, message.reason)
 
 
 __all__ = ["Link", "Refused", "socket_url"]

@@ -38,6 +38,7 @@ class Records:
         self.wishes: list[Desired] = []
         self.commands: list[Command] = []
         self.refused: list[tuple[Key, str]] = []
+        self.lost: list[tuple[Key, str]] = []
         self.boot = 1
         self.dials = 0
         self.on_change: Callable[[], None] = lambda: None
@@ -98,6 +99,9 @@ class Records:
         self.refused.append((key, reason))
         self.rows.pop(key)
         self.on_change()
+
+    async def buried(self, key: Key, reason: str) -> None:
+        self.lost.append((key, reason))
 
     async def welcomed(self, server_time: float) -> None:
         pass

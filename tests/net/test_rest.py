@@ -85,6 +85,7 @@ def test_a_hub_that_lost_what_it_had_acknowledged_is_told_that_it_is_gone(hub: H
         store.at[store.metrics] = 5
         anyio.run(run, hub.url, store)
         assert steps(client, store) == [6, 7]
+        assert store.lost == [(store.metrics, "trimmed")]
 
 
 def test_every_answer_says_what_is_wanted(hub: HubProcess) -> None:

@@ -228,6 +228,7 @@ async def test_what_the_journal_lost_is_buried_and_the_rest_arrives() -> None:
     async with serving(backend), running(link_to(backend, records)):
         await backend.until(lambda: records.at == {CONTROL: 5})
     assert backend.texts(CONTROL) == ["a", "<corrupt>", "<corrupt>", "b", "<corrupt>"]
+    assert records.lost == [(CONTROL, "corrupt")] * 3
 
 
 async def test_records_that_are_announced_and_not_there_do_not_spin_the_writer() -> None:
