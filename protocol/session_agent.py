@@ -67,7 +67,7 @@ class AgentSession(Base):
         self._flight_bytes = 0
         self._epoch = hello.epoch
         self._refused: set[Key] = set()
-        self._unsaid: list[Open] = []
+        self._unsaid: list[Open | Bye] = []
         self._sid = 0
         """The highest ever used: a number is not used again after its stream was refused."""
         for head in hello.streams:
@@ -260,8 +260,8 @@ class AgentSession(Base):
         self._out.append(Tomb(stream.sid, lo, hi, reason, hi - lo + 1))  # type: ignore[arg-type]  # checked by the encoder's peer
 
     def bye(self, reason: str, until: float = 0.0) -> None:
-        """Queue the word that explains a planned silence."""
-        self._out.append(Bye(reason, until))
+        """Queue the word that explains a planned silence; before WELCOME it waits for that."""
+        (self._unsaid if self.welcome is None else self._out).append(Bye(reason, until))
 
     def probe(self, now: float, within: float = 5.0) -> None:
         """Ask for a sign of life within ``within`` seconds: after a sleep, when the clock jumped."""

@@ -69,6 +69,10 @@ class HubSession(Base):
             return []
         if isinstance(message, Hello):
             return self._greeted(message)
+        if isinstance(message, Heartbeat):
+            # At any time: an agent that has slept asks for a sign of life, also while it waits for WELCOME.
+            self._out.append(HeartbeatAck(message.nonce))
+            return []
         if not self.welcomed:
             self._close(Close.MALFORMED, "a message came before HELLO was answered")
             return []
@@ -79,8 +83,6 @@ class HubSession(Base):
                 return self._data(sid, lo, records)
             case Tomb():
                 return self._tomb(message)
-            case Heartbeat(nonce=nonce):
-                self._out.append(HeartbeatAck(nonce))
             case Bye(reason=reason, until=until):
                 return [Left(reason, until)]
         return []

@@ -5,6 +5,7 @@ import pytest
 from protocol.fields import MAX_FRAME
 from protocol.messages import (
     Ack,
+    Bye,
     Close,
     Desired,
     Goaway,
@@ -43,6 +44,14 @@ def test_hello_goes_first_and_alone() -> None:
     # A stream that came up in between is opened only now: a backend may answer HELLO in its own time.
     assert said(session) == [Open(head(CONTROL, 1, 3))]
     assert session.next_read() is not None
+
+
+def test_a_goodbye_waits_for_the_welcome() -> None:
+    session = AgentSession(hello(), 0.0)
+    session.bye("sleep", 60.0)
+    assert said(session) == [hello()]
+    session.receive(Welcome("s", []), 0.0)
+    assert said(session) == [Bye("sleep", 60.0)]
 
 
 def test_without_a_welcome_the_agent_gives_up() -> None:

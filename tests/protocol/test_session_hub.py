@@ -4,6 +4,8 @@ from protocol.messages import (
     Ack,
     Close,
     Data,
+    Heartbeat,
+    HeartbeatAck,
     Open,
     StreamAck,
     StreamClosed,
@@ -36,6 +38,18 @@ def test_data_before_hello_is_a_defect() -> None:
     session = HubSession(0.0)
     session.receive(Data(1, 1, [raw("x")]), 0.0)
     assert session.closing == Closing(Close.MALFORMED, "a message came before HELLO was answered")
+
+
+def test_heartbeats_are_answered_at_any_time() -> None:
+    session = HubSession(0.0)
+    for nonce, message in enumerate((hello(), None, None)):
+        session.receive(Heartbeat(nonce), 0.0)
+        assert session.outgoing(0.0) == [HeartbeatAck(nonce)]
+        if message is not None:
+            session.receive(message, 0.0)
+    assert session.closing is None
+    session.welcome("s", {}, 0.0)
+    assert isinstance(session.outgoing(0.0)[0], Welcome)
 
 
 def test_after_closing_nothing_is_taken() -> None:
