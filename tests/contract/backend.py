@@ -142,6 +142,15 @@ class Line:
             assert reason, f"{code} comes without a reason"
         return code, reason
 
+    async def stays(self, seconds: float) -> None:
+        """Check that the backend does not close for so long, although nothing is said."""
+        try:
+            with anyio.move_on_after(seconds):
+                while True:
+                    self.heard.append(self.codec.decode_hub(await self.socket.recv()))
+        except ConnectionClosed as closed:
+            raise AssertionError(f"closed after less than {seconds:g} s: {closed}") from None
+
     async def lives(self) -> None:
         """Check that the connection is open and answered."""
         from protocol.messages import Heartbeat, HeartbeatAck
