@@ -183,6 +183,8 @@ class Transport:
                         self._refused = refused
                         group.cancel_scope.cancel()
 
+                # Whichever way is open: who only polls has slept too, and is to say so.
+                group.start_soon(self.link.notice_sleep)
                 if self.rules.setting != "poll":
                     group.start_soon(part, self._by_socket)
                 if self.rules.setting != "websocket":

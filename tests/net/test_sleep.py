@@ -1,15 +1,22 @@
 """Noticing a sleep of the machine, by its clocks and over a line that died meanwhile."""
 
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import anyio
 import pytest
 
 import agent.net.websocket
+from agent.core.ports import Uplink
+from agent.net.choice import Transport
 from agent.net.retry import backoff
 from agent.net.sleep import EVERY, Clocks, read_clocks, slept
+from agent.net.websocket import Link
 from tests.net.backend import Backend, Records, is_connected, link_to, running, serving
+from tests.net.kept import AGENT, Kept, client
 from tests.support.network import BadNetwork
+from tests.support.platform import KEY, Platform
 
 NOW = Clocks(1000.0, 50.0, 60.0)
 
@@ -51,6 +58,13 @@ class Sleeper:
         return replace(now, wall=now.wall + self.seconds, boot=now.boot + self.seconds)
 
 
+@asynccontextmanager
+async def noticing(link: Link) -> AsyncIterator[None]:
+    async with running(link) as group:
+        group.start_soon(link.notice_sleep)
+        yield
+
+
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent.net.websocket, "EVERY", 0.05)
@@ -71,7 +85,7 @@ async def test_a_line_that_died_in_a_sleep_is_left_at_once(soon: None) -> None:
         # The silence that is waited for without a sleep is far longer than this test's patience.
         link = link_to(backend, records, port=net.port, clocks=clocks, heartbeat=600.0, on_sleep=note)
         backend.terms = {"heartbeat_s": 600.0}
-        async with running(link):
+        async with noticing(link):
             await backend.until(lambda: is_connected(link))
             net.half_open()
             clocks.seconds = 8 * 3600.0
@@ -87,7 +101,7 @@ async def test_a_line_that_lived_through_a_sleep_is_kept(soon: None) -> None:
     backend, records, clocks = Backend(), Records(), Sleeper()
     async with serving(backend):
         link = link_to(backend, records, clocks=clocks)
-        async with running(link):
+        async with noticing(link):
             await backend.until(lambda: is_connected(link))
             clocks.seconds = 60.0
             await anyio.sleep(1.0)
@@ -107,9 +121,53 @@ async def test_a_machine_that_wakes_between_two_dials_dials_at_once(
     async with serving(backend):
         port = backend.port
     link = link_to(backend, records, port=port, clocks=clocks)
-    async with running(link):
+    async with noticing(link):
         await backend.until(lambda: any("dialling again" in detail for _, detail in link.states))  # type: ignore[attr-defined]
         backend.port = port
         async with serving(backend):
             clocks.seconds = 7200.0
             await backend.until(lambda: is_connected(link))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("setting", ["auto", "poll"])
+async def test_a_sleep_is_told_also_where_nobody_dials(soon: None, setting: str) -> None:
+    told, clocks = list[float](), Sleeper()
+    slept_once, by_rest = anyio.Event(), anyio.Event()
+
+    async def note(seconds: float) -> None:
+        told.append(seconds)
+        slept_once.set()
+
+    with Platform() as platform:
+
+        def link(records: Uplink, on_state: Callable[[str, str], None]) -> Link:
+            return Link(
+                records,
+                backend_url=platform.url,
+                key=lambda: KEY,
+                agent_id=AGENT,
+                heartbeat=15.0,
+                on_state=on_state,
+                user_agent="test",
+                clocks=clocks,
+                on_sleep=note,
+            )
+
+        made = Transport(
+            Kept("none"),
+            client(platform),
+            setting=setting,
+            poll_interval=10.0,
+            make_link=link,
+            on_state=lambda state, _: by_rest.set() if state == "connected" else None,
+        )
+        with anyio.fail_after(20):
+            async with anyio.create_task_group() as group:
+                group.start_soon(made.run)
+                await by_rest.wait()
+                clocks.seconds = 3600.0
+                await slept_once.wait()
+                group.cancel_scope.cancel()
+    assert told == [pytest.approx(3600, abs=5)]
