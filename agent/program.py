@@ -46,6 +46,12 @@ def secrets_of(settings: Settings) -> list[str]:
     return [*key, *(value.reveal() for value in settings.trainer_environment.values())]
 
 
+DAMAGED = (
+    "This agent's journal was damaged, so it was moved aside and a new one begun. Points, lines and states that had "
+    "not arrived here are lost; jobs that are offered again go on from their checkpoints."
+)
+
+
 class Program:
     """The parts that both programs have: journal, supervisor, desk, launching, watching."""
 
@@ -106,6 +112,9 @@ class Program:
         try:
             async with anyio.create_task_group() as group:
                 await self.desk.load(secrets.randbits(63), group)
+                if self.journal.was_corrupt is not None and self.settings.backend_url:
+                    notice = Notice(time.time(), "warning", DAMAGED)
+                    group.start_soon(self.desk.insist, lambda: self.desk.append("", Lane.CONTROL, [notice]))
                 await group.start(self.supervisor.run)
                 group.start_soon(self.hearing.run, self._facts)
                 yield group

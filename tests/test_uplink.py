@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Literal
 
 import anyio
+import anyio.to_thread
 import msgspec
 import pytest
 
 from agent.core.job import Job
 from agent.hearing import Hearing
+from agent.program import DAMAGED
 from agent.runtime.redact import Redactor
 from agent.runtime.supervisor import Fact, Heard
 from agent.watch import Watch
@@ -17,7 +19,9 @@ from protocol.messages import Command, Desired, Lane, Offer
 from protocol.records import CommandDone, Schema
 from protocol.session import Key
 from protocol.worker import Metrics, Numbered
+from tests.net.backend import Backend, serving
 from tests.support.desks import EPOCH, desk_in, job, settings, stored, uplink_of
+from tests.support.programs import Agent
 
 
 @pytest.mark.parametrize("want", ["run", "cancel"])
@@ -142,3 +146,22 @@ def test_the_names_of_points_are_said_again_where_they_were_lost(tmp_path: Path)
             assert await stored(desk, "j") == [schema]
 
     anyio.run(test)
+
+
+def test_a_backend_is_told_that_the_journal_was_damaged(tmp_path: Path) -> None:
+    home = tmp_path / "agent"
+    home.mkdir()
+    (home / "journal.sqlite").write_bytes(b"no database" * 1000)
+
+    async def test() -> None:
+        backend = Backend()
+        async with serving(backend, answer=lambda socket, request: None):
+            agent = Agent(home, backend.url, BACKEND_TRANSPORT="websocket").start()
+            try:
+                await backend.until(lambda: any(DAMAGED in texts for texts in backend.stored.values()))
+            finally:
+                await anyio.to_thread.run_sync(agent.stop)
+        [key] = [key for key, texts in backend.stored.items() if DAMAGED in texts]
+        assert (key.scope, key.lane) == ("", Lane.CONTROL)
+
+    anyio.run(test, backend="asyncio")
