@@ -17,8 +17,9 @@ import pytest
 
 from agent.net.client import RestClient
 from agent.net.rest import HubDrain, carry_out
+from protocol.failures import Evidence, FailureReason, failure
 from protocol.messages import Lane
-from protocol.records import Figures
+from protocol.records import Figures, JobStatus
 from protocol.rest import RECORDS
 from protocol.session import Key
 from tests.hub.support import KEY, HubProcess, bearer, control, job_path, logs_of, status_of, submit
@@ -165,8 +166,13 @@ def test_a_proxy_that_takes_little_is_given_little(hub: HubProcess) -> None:
             store.step(step)
         store.print("x" * 2000)
         store.print("short")
+        cause = failure(FailureReason.DATA, "Row 57 is broken.", Evidence(traceback="t" * 3000))
+        store.add(store.control, JobStatus(1.0, 1, "failed", failure=cause))
         anyio.run(run, url, store)
         assert steps(client, store) == list(range(1, 60))
+        # A state arrives without what explains it.
+        assert (status := status_of(client, store.job_id))["status"] == "failed"
+        assert status["error"] == "Row 57 is broken." and "traceback" not in str(status)
         # One record alone is too large for the way: its place is marked, and what follows arrives.
         assert logs_of(client, store.job_id)["logs"][-1] == "short"
 

@@ -120,7 +120,7 @@ def _append(status: int) -> tuple[str, ...]:
         if status == 409:
             return "from the `ack` of the answer on"
         if status == 413:
-            return "by halves; one record alone becomes a tombstone (`oversize`)"
+            return "by halves; one record alone becomes a tombstone (`oversize`), a state goes without its evidence first"
         return "yes, after at most 30 s; the job's points and lines wait for its states, other jobs do not"
     return "stored: the `ack` of the answer counts"
 
