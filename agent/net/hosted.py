@@ -12,9 +12,9 @@ import msgspec
 
 from agent.core.job import Job
 from protocol import rest
-from protocol.codec import number
+from protocol.codec import BadMessage, Unknown, decode_record, number
 from protocol.lifecycle import TERMINAL, JobState, Want
-from protocol.records import Checkpoint, JobFacts, JobStatus, LogChunk, Point, Result
+from protocol.records import AnyRecord, Checkpoint, JobFacts, JobStatus, LogChunk, Point, Result
 from protocol.rest import PlatformStatus
 
 # A claimed job is `running` there, and one that waits for another attempt after a lost worker is no failure.
@@ -50,6 +50,14 @@ CARRIED = (
     "loss_trend",
 )
 """The platform takes its summary of a job from a batch's highest step, and what that lacks it sets to null."""
+
+
+def record_of(body: bytes | None) -> AnyRecord | Unknown | None:
+    """Return a stored record, or None for one that cannot be read any more."""
+    try:
+        return decode_record(body) if body is not None else None
+    except BadMessage:
+        return None
 
 
 def iso(seconds: float) -> str:

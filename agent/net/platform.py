@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any, ClassVar
 
 import msgspec
@@ -15,10 +14,9 @@ from agent.net.drain import LOOK_EVERY, READ_BYTES, Drain, Store
 from agent.net.hosted import Memo
 from agent.net.lines import Lines
 from agent.net.poll import recovered, told
-from protocol.codec import BadMessage, Unknown, decode_record
 from protocol.lifecycle import TERMINAL, JobState, Want
 from protocol.messages import Desired, Lane
-from protocol.records import AnyRecord, JobStatus, LogChunk, Notice, ParametersApplied, Point, Schema
+from protocol.records import JobStatus, LogChunk, Notice, ParametersApplied, Point, Schema
 from protocol.rest import JOB, METRICS
 from protocol.session import Key
 
@@ -86,8 +84,11 @@ class PlatformDrain(Drain):
 
     def _until(self, job_id: str, least: float = 0.0) -> float:
         """Return until when what was sent may still be stored there, by the clock that a next process has too."""
-        left = max(least, self._unsettled.get(job_id, 0.0) - self.clock())
+        left = max(least, self._left(job_id))
         return time.time() + left if left > 0 else 0.0
+
+    def _left(self, job_id: str) -> float:
+        return self._unsettled.get(job_id, 0.0) - self.clock()
 
     async def _settled(self, key: Key, seq: int, memo: Memo, **notes: str) -> None:
         memo.until = self._until(key.scope)
@@ -133,7 +134,7 @@ class PlatformDrain(Drain):
 
     async def _settle_down(self, job_id: str) -> None:
         """Raise Unreached while the platform may still be storing what nobody answered: other jobs need not wait."""
-        if (left := self._unsettled.get(job_id, 0.0) - self.clock()) > 0:
+        if (left := self._left(job_id)) > 0:
             raise Unreached(f"job {job_id}: what was sent last may still be stored", left)
         self._unsettled.pop(job_id, None)
 
@@ -147,12 +148,7 @@ class PlatformDrain(Drain):
             # The platform has no place for what concerns no job.
             await self.uplink.settled(key, rows[-1][0], {})
             return rows[-1][0]
-        records: list[tuple[int, AnyRecord | Unknown | None]] = []
-        for seq, body in rows:
-            try:
-                records.append((seq, decode_record(body) if body is not None else None))
-            except BadMessage:
-                records.append((seq, None))
+        records = [(seq, hosted.record_of(body)) for seq, body in rows]
         if any(record is None for _, record in records):
             logger.warning("job {}: some of its records could not be read any more", key.scope)
         memo = msgspec.json.decode(msgspec.json.encode(await self._memo(key.scope)), type=Memo)
@@ -172,8 +168,11 @@ class PlatformDrain(Drain):
     async def _metrics(self, key: Key, records: list[tuple[int, Any]], memo: Memo) -> int:
         job_id, at = key.scope, records[0][0]
         if job_id not in self._sure:
-            await self._settle_down(job_id)
+            known, left = (memo.train, memo.eval), self._left(job_id)
             await self._read_points(job_id, memo)
+            # A batch is stored whole or not at all, and only one is ever in doubt: once it is seen, it is there.
+            if left > 0 and (memo.train, memo.eval) == known:
+                raise Unreached(f"job {job_id}: the points that were sent last may still be stored", left)
         rows: list[dict[str, Any]] = []
         for seq, record in records:
             at = seq
@@ -206,10 +205,8 @@ class PlatformDrain(Drain):
     async def _look_ahead(self, key: Key) -> None:
         """Learn the names that stand in the control lane, which may be held up."""
         for _, body in await self.uplink.read(key, 0, READ_BYTES):
-            with suppress(BadMessage):
-                record = decode_record(body) if body is not None else None
-                if isinstance(record, Schema):
-                    self._names[record.schema_id] = record.names
+            if isinstance(record := hosted.record_of(body), Schema):
+                self._names[record.schema_id] = record.names
 
     async def _read_points(self, job_id: str, memo: Memo) -> None:
         """Learn which points of ours the platform holds; only its last rows can be news."""

@@ -154,6 +154,29 @@ def test_what_was_on_its_way_when_the_agent_left_is_waited_for(killed: bool) -> 
         assert steps(platform, store) == [1] and platform.log[store.job_id] == ["one"]
 
 
+def test_a_batch_that_is_seen_there_is_waited_for_no_longer() -> None:
+    with Platform() as platform:
+        store = kept(platform)
+        store.step(1)
+        platform.fault("metrics", "slow")
+
+        async def run() -> None:
+            rest = client(platform)
+            for count in (1, 2):
+                # Far less than what may still be on its way would be waited for.
+                with anyio.fail_after(20):
+                    async with anyio.create_task_group() as group:
+                        group.start_soon(drain(rest, store, 60.0, 60.0).run)
+                        while len(platform.chart(store.job_id)) < count:  # noqa: ASYNC110 - a server in a thread
+                            await anyio.sleep(0.01)
+                        group.cancel_scope.cancel()
+                store.step(2)
+            await rest.close()
+
+        anyio.run(run)
+        assert steps(platform, store) == [1, 2]
+
+
 @pytest.mark.parametrize("fault", ["lost", "dropped"])
 def test_no_start_of_the_agent_overtakes_an_earlier_one(fault: str) -> None:
     with Platform() as platform:
