@@ -175,7 +175,7 @@ class Welcome(Frame, frozen=True, array_like=True, tag=2):
     heartbeat_s: Annotated[float, Meta(gt=0, le=3600)] = 15.0
     max_frame: Annotated[int, Meta(ge=4096)] = MAX_FRAME
     window_records: Annotated[int, Meta(ge=1)] = 16_384
-    window_bytes: Annotated[int, Meta(ge=4096)] = 1_048_576
+    window_bytes: Annotated[int, Meta(ge=4096)] = 524_288
     server_time: float = 0.0
 
 

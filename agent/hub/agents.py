@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import anyio
@@ -19,7 +20,7 @@ from agent.hub.feed import AGENTS
 from agent.hub.greeting import Greeting, greet, parted
 from agent.hub.hub import Hub
 from protocol.codec import BadMessage, Codec
-from protocol.messages import SUBPROTOCOLS, Close, Command, Desired, Goaway
+from protocol.messages import SUBPROTOCOLS, Close, Command, Desired, Goaway, Lane
 from protocol.rest import HEADER_AGENT
 from protocol.session import Apply, Buried, Greeted, HubSession, Key, Left, Opened
 
@@ -50,6 +51,18 @@ async def connect(socket: WebSocket, hub: Hub) -> None:
     await Connection(hub, socket, Codec(chosen), socket.headers.get(HEADER_AGENT)).run()
 
 
+Frame = tuple[Key, "asyncio.Future[ingest.Applied]"]
+"""The stream of a DATA or TOMB frame, and its commit."""
+
+
+class Pending:
+    """Frames that wait for their commit, in order."""
+
+    def __init__(self) -> None:
+        self.frames: deque[Frame] = deque()
+        self.more = asyncio.Event()
+
+
 class Connection:
     """One socket of one agent."""
 
@@ -60,15 +73,17 @@ class Connection:
         self._named = named
         self._session = HubSession(time.monotonic())
         self._wake = asyncio.Event()
-        self._settled = asyncio.Event()
-        self._pending: deque[tuple[Key, asyncio.Future[ingest.Applied]]] = deque()
+        # The control lane is stored ahead of what came before it, and so it is answered apart.
+        self._control = Pending()
+        self._others = Pending()
         self._room = asyncio.Semaphore(UNCOMMITTED)
         self.agent_id = ""
         self.pair = (0, 0)
         self.ended = False
 
     def __repr__(self) -> str:
-        return f"<Connection {self.agent_id or 'unknown agent'} {self._session!r}, {len(self._pending)} uncommitted>"
+        waiting = len(self._control.frames) + len(self._others.frames)
+        return f"<Connection {self.agent_id or 'unknown agent'} {self._session!r}, {waiting} uncommitted>"
 
     # Line
 
@@ -87,7 +102,7 @@ class Connection:
         self._session.close(code, reason)
         self._wake.set()
 
-    # The four tasks
+    # Its tasks
 
     async def run(self) -> None:
         try:
@@ -98,7 +113,9 @@ class Connection:
                         await task()
                     group.cancel_scope.cancel()
 
-                for task in (self._read, self._write, self._settle, self._watch):
+                settle_control = partial(self._settle, self._control)
+                settle_others = partial(self._settle, self._others)
+                for task in (self._read, self._write, settle_control, settle_others, self._watch):
                     group.start_soon(part, task)
         finally:
             with anyio.CancelScope(shield=True):
@@ -142,6 +159,7 @@ class Connection:
                     lambda db: ingest.apply(
                         db, self.agent_id, key, lo, records, self._codec, self._hub.clock()
                     ),
+                    len(records),
                 )
             case Buried(key=key, lo=lo, hi=hi, reason=reason):
                 await self._queue(
@@ -150,7 +168,7 @@ class Connection:
                 )
             case Left(reason=reason, until=until):
                 await self._hub.store.write(
-                    lambda db: parted(db, self.agent_id, self._hub.clock(), reason, until)
+                    lambda db: parted(db, self.agent_id, self._hub.clock(), reason, until), behind=True
                 )
                 self._hub.feed.tell(AGENTS)
 
@@ -159,12 +177,14 @@ class Connection:
             ingest.owned(db, self.agent_id, key.scope)
             return ingest.position(db, self.agent_id, key)
 
-        return await self._hub.store.write(look)
+        return await self._hub.store.write(look, behind=True)
 
-    async def _queue(self, key: Key, op: Callable[[Any], ingest.Applied]) -> None:
+    async def _queue(self, key: Key, op: Callable[[Any], ingest.Applied], records: int = 1) -> None:
         await self._room.acquire()
-        self._pending.append((key, self._hub.store.submit(op)))
-        self._settled.set()
+        urgent = key.lane == Lane.CONTROL
+        pending = self._control if urgent else self._others
+        pending.frames.append((key, self._hub.store.submit(op, behind=not urgent, records=records)))
+        pending.more.set()
 
     async def _greeted(self, news: Greeted) -> None:
         hello = news.hello
@@ -175,7 +195,7 @@ class Connection:
         now = self._hub.clock()
         keys = [Key(head.epoch, head.scope, head.lane) for head in hello.streams]
         answer: Greeting = await self._hub.store.write(
-            lambda db: greet(db, hello, keys, now, connected=current is not None)
+            lambda db: greet(db, hello, keys, now, connected=current is not None), behind=True
         )
         if answer.refused is not None:
             self.close(*answer.refused)
@@ -202,28 +222,29 @@ class Connection:
         self._hub.feed.tell(AGENTS)
         await self._hub.place()
 
-    async def _settle(self) -> None:
+    async def _settle(self, pending: "Pending") -> None:
         """Acknowledge what is durable, in order."""
+        frames = pending.frames
         while True:
-            await self._settled.wait()
-            self._settled.clear()
-            while self._pending:
-                key, future = self._pending[0]
+            await pending.more.wait()
+            pending.more.clear()
+            while frames:
+                key, future = frames[0]
                 try:
                     # Shielded: a connection that ends here leaves the rest to `_parted`.
                     applied = await asyncio.shield(future)
-                    self._pending.popleft()
+                    frames.popleft()
                 except StreamRefused as refused:
-                    self._pending.popleft()
+                    frames.popleft()
                     self._session.refuse(key, str(refused))
                 except ingest.Gap as gap:
-                    self._pending.popleft()
+                    frames.popleft()
                     self.close(Close.GAP, f"records after {gap.ack} are missing")
                 except OverflowError as error:
-                    self._pending.popleft()
+                    frames.popleft()
                     self.close(Close.MALFORMED, f"{TOO_LARGE}: {error}")
                 except StoreFailed as failed:
-                    self._pending.popleft()
+                    frames.popleft()
                     log.error("%s", failed)
                     self.close(1013, "the hub cannot store anything now; keep it and dial again")
                 else:
@@ -262,14 +283,18 @@ class Connection:
             del self._hub.lines[self.agent_id]
             agent_id = self.agent_id
             try:
-                await self._hub.store.write(lambda db: parted(db, agent_id, self._hub.clock()))
+                await self._hub.store.write(lambda db: parted(db, agent_id, self._hub.clock()), behind=True)
             except StoreFailed as failed:
                 log.error("%s", failed)
             log.info("%s has left: %s", agent_id, self._session.closing or "the connection ended")
             self._hub.feed.tell(AGENTS)
         # What was received is stored all the same, and the pages hear of it.
-        while self._pending:
-            _, future = self._pending.popleft()
+        for frames in (self._control.frames, self._others.frames):
+            await self._spread(frames)
+
+    async def _spread(self, frames: deque["Frame"]) -> None:
+        while frames:
+            _, future = frames.popleft()
             try:
                 await self._hub.stored(await future)
             except (StreamRefused, ingest.Gap, StoreFailed, OverflowError) as error:

@@ -166,7 +166,7 @@ async def _raw_records(request: Request, hub: Hub, job_id: str, lane: int) -> Re
         done = keep(db, sender, sent, hub.clock())
         return done.job or job, done
 
-    job, applied = await hub.store.write(op)
+    job, applied = await hub.store.write(op, behind=True)
     await hub.stored(applied)
     return Json(answer(job, ack=applied.ack, count=len(sent.records), status=job.status))
 
@@ -215,7 +215,7 @@ async def _append_points(
             save_job(db, job)
         return job, fresh, numbered.done()
 
-    job, dots, ack = await hub.store.write(op)
+    job, dots, ack = await hub.store.write(op, behind=True)
     hub.feed.tell(job.id, dots)
     hub.changed(job)
     count = {"count": len(metrics)} if counted else {}
@@ -282,7 +282,7 @@ async def patch_status(request: Request, hub: Hub) -> Response:
             set_status(db, job, body.get("status"), body.get("error"), hub.clock())
         return job, was_live and not job.live, numbered.done()
 
-    job, ended, ack = await hub.store.write(op)
+    job, ended, ack = await hub.store.write(op, behind=True)
     hub.changed(job)
     if ended:
         await hub.place()
@@ -315,7 +315,7 @@ async def post_logs(request: Request, hub: Hub) -> Response:
             save_job(db, job)
         return job, len(lines) if fresh else 0, numbered.done()
 
-    job, added, ack = await hub.store.write(op)
+    job, added, ack = await hub.store.write(op, behind=True)
     if not lines:
         return Json(answer(job, message="No logs to append", **ack))
     hub.feed.tell(job.id, lines=lines[:added])

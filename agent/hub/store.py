@@ -8,6 +8,7 @@ import queue
 import sqlite3
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ T = TypeVar("T")
 Db = sqlite3.Connection
 
 MOST_IN_A_COMMIT = 512
+RECORDS_IN_A_COMMIT = 500
+"""Of those that others overtake: whoever waits for a word of theirs waits for the commit that runs, too."""
 READERS = 3
 
 
@@ -30,6 +33,7 @@ class _Write:
     op: Callable[[Db], Any]
     future: "asyncio.Future[Any]"
     loop: asyncio.AbstractEventLoop
+    records: int
 
 
 def _settle(done: list[tuple["asyncio.Future[Any]", Any, BaseException | None]]) -> None:
@@ -47,7 +51,11 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        self._bell: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        """Rung for each write that is queued; False ends the thread."""
+        self._urgent: deque[_Write] = deque()
+        self._behind: deque[_Write] = deque()
+        self._was_urgent = False
         self._readers: queue.SimpleQueue[Db] = queue.SimpleQueue()
         self._limit = anyio.CapacityLimiter(READERS)
         self._db = self._open()
@@ -78,15 +86,16 @@ class Store:
             )
         db.executescript(SCHEMA)
 
-    async def write(self, op: Callable[[Db], T]) -> T:
-        """Run ``op`` in the writer's transaction; return what it returned once that is durable."""
-        return await self.submit(op)
+    async def write(self, op: Callable[[Db], T], *, behind: bool = False) -> T:
+        """Run ``op`` in the writer's transaction; return what it returned once that is durable. See `submit`."""
+        return await self.submit(op, behind=behind)
 
-    def submit(self, op: Callable[[Db], T]) -> "asyncio.Future[T]":
-        """Queue ``op`` behind all earlier writes."""
+    def submit(self, op: Callable[[Db], T], *, behind: bool = False, records: int = 1) -> "asyncio.Future[T]":
+        """Queue ``op``. With ``behind`` it comes after all earlier writes, and all that are not overtake it."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        self._queue.put(_Write(op, future, loop))
+        (self._behind if behind else self._urgent).append(_Write(op, future, loop, records))
+        self._bell.put(True)
         return future
 
     async def read(self, op: Callable[[Db], T]) -> T:
@@ -102,31 +111,34 @@ class Store:
 
     def close(self) -> None:
         """Commit what waits and close the file."""
-        self._queue.put(None)
+        self._bell.put(False)
         self._thread.join()
         for _ in range(READERS):
             self._readers.get().close()
         self._db.close()
 
     def _work(self) -> None:
-        while True:
-            first = self._queue.get()
-            if first is None:
-                return
-            batch = [first]
-            last = False
-            while len(batch) < MOST_IN_A_COMMIT and not last:
-                try:
-                    more = self._queue.get_nowait()
-                except queue.Empty:
-                    break
-                if more is None:
-                    last = True
-                else:
-                    batch.append(more)
+        while self._bell.get():
+            if batch := self._next():
+                self._commit(batch)
+        while batch := self._next():
             self._commit(batch)
-            if last:
-                return
+
+    def _next(self) -> list[_Write]:
+        """Take what goes into one commit; empty where an earlier one took it all."""
+        batch: list[_Write] = []
+        # By themselves, so that none of them waits for a batch of points; and those have every second commit at least.
+        if self._urgent and not self._was_urgent:
+            while self._urgent and len(batch) < MOST_IN_A_COMMIT:
+                batch.append(self._urgent.popleft())
+            self._was_urgent = bool(self._behind)
+            return batch
+        self._was_urgent = False
+        room = RECORDS_IN_A_COMMIT
+        while self._behind and len(batch) < MOST_IN_A_COMMIT and room > 0:
+            batch.append(self._behind.popleft())
+            room -= batch[-1].records
+        return batch
 
     def _commit(self, batch: list[_Write]) -> None:
         db = self._db

@@ -33,7 +33,7 @@ from protocol.codec import BadMessage, Codec
 from protocol.fields import MAX_FRAME
 from protocol.messages import CONNECT_PATH, SUBPROTOCOLS, Close, Command, Desired, Goaway, Tomb
 from protocol.rest import HEADER_AGENT
-from protocol.session import Acked, AgentSession, Closing, Dropped, Welcomed
+from protocol.session import Acked, AgentSession, Closing, Dropped, Key, Welcomed
 
 OPEN_WITHIN = 10.0
 """Seconds for TCP, TLS and the upgrade together."""
@@ -91,6 +91,9 @@ class Link:
         """The machine woke up: what this link waits for may be over."""
         self._wake = anyio.Event()
         self._welcomed = anyio.Event()
+        self._acks: dict[Key, int] = {}
+        """What the backend has acknowledged and the journal still holds, by stream."""
+        self._acked = anyio.Event()
         self._session: AgentSession | None = None
         self._retry_after = 0.0
         self._frames = Frames()
@@ -252,6 +255,8 @@ class Link:
     async def _converse(self, socket: ClientConnection, codec: Codec, session: AgentSession) -> Closing:
         ended: list[Closing] = []
         self._welcomed = anyio.Event()
+        self._acks.clear()
+        self._acked = anyio.Event()
         async with anyio.create_task_group() as group:
 
             async def guarded(
@@ -271,6 +276,7 @@ class Link:
                 group.cancel_scope.cancel()
 
             group.start_soon(guarded, self._read)
+            group.start_soon(guarded, self._settle)
             group.start_soon(guarded, self._write)
             group.start_soon(guarded, self._watch)
         if ended:
@@ -295,11 +301,13 @@ class Link:
                         self._welcomed.set()
                         await self._uplink.welcomed(news.server_time)
                     case Acked(key=key, seq=seq):
-                        await self._uplink.acked(key, seq)
+                        self._acks[key] = seq
+                        self._acked.set()
                     case Dropped(key=key, reason=reason):
                         logger.warning(
                             "the backend takes no more of {}: {}", key.scope or "the agent", reason
                         )
+                        self._acks.pop(key, None)
                         await self._uplink.dropped(key, reason)
                     case Desired():
                         await self._uplink.desired(news)
@@ -308,6 +316,16 @@ class Link:
                     case Goaway(retry_after_s=after):
                         self._retry_after = after
             self.wake()
+
+    async def _settle(self, socket: ClientConnection, codec: Codec, session: AgentSession) -> None:
+        """Have what is acknowledged deleted, beside the reading: an order must not wait for the journal's deletes."""
+        while True:
+            await self._acked.wait()
+            self._acked = anyio.Event()
+            while self._acks:
+                # Of a stream only the newest counts.
+                key = next(iter(self._acks))
+                await self._uplink.acked(key, self._acks.pop(key))
 
     async def _write(self, socket: ClientConnection, codec: Codec, session: AgentSession) -> None:
         while True:

@@ -37,7 +37,11 @@ def keep_freed() -> None:
         return
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         set_option = ctypes.CDLL(None).mallopt
-        for option, value in ((_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 64 << 20)):
+        for option, value in (
+            (_MMAP_THRESHOLD, 32 << 20),
+            (_TRIM_THRESHOLD, 2**31 - 1),
+            (_TOP_PAD, 64 << 20),
+        ):
             set_option(option, value)
 
 

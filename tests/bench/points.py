@@ -1,7 +1,7 @@
 """A trainer that does nothing but report: points of 20 figures, as fast as they can be said.
 
 A job by the name of "slow" makes fifty a second; one by the name of "waits" makes the first, and the rest after
-three seconds.
+three seconds. One by the name of "talks" makes a single point and answers live parameters until it is told to go.
 
 `tests.bench.points` is a trainer module (see `agent.runtime.boot`), and as a program the agent that starts it.
 """
@@ -11,7 +11,19 @@ import sys
 import time
 
 from agent.trainer.line import EventQueue, Line, OrderQueue
-from protocol.worker import Finished, Metrics, Ready, Start, Trained, Warm
+from protocol.worker import (
+    Cancel,
+    Finished,
+    Left,
+    Metrics,
+    ParametersSet,
+    Pause,
+    Ready,
+    SetParameters,
+    Start,
+    Trained,
+    Warm,
+)
 
 FIGURES = 20
 
@@ -50,6 +62,8 @@ def main(orders: OrderQueue, events: EventQueue) -> int:
             time.sleep(0.02)
         if name == "waits" and step == 1:
             time.sleep(3.0)  # the hub has the first now, and can be taken away
+        if name == "talks" and not _talk(line, step):
+            return 0
     line.say(Trained(steps, "steps"))
     line.say(
         Finished(
@@ -59,6 +73,20 @@ def main(orders: OrderQueue, events: EventQueue) -> int:
     line.flush(60.0)
     line.close()
     return 0
+
+
+def _talk(line: Line, step: int) -> bool:
+    """Answer live parameters; False once the agent wants this process gone."""
+    while True:
+        match line.wait_order():
+            case SetParameters(parameters):
+                line.say(ParametersSet(step, parameters))
+            case None | Cancel() | Pause():
+                line.say(Left("cancelled", step))
+                line.close()
+                return False
+            case _:
+                pass
 
 
 if __name__ == "__main__":

@@ -3,7 +3,18 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.bench import compression, estimate, first_step, latency, link, reporting, saving, start, throughput
+from tests.bench import (
+    compression,
+    control,
+    estimate,
+    first_step,
+    latency,
+    link,
+    reporting,
+    saving,
+    start,
+    throughput,
+)
 from tests.bench.figures import Figure
 
 BENCHMARKS: dict[str, Callable[[Path], dict[str, Figure]]] = {
@@ -17,6 +28,7 @@ BENCHMARKS: dict[str, Callable[[Path], dict[str, Figure]]] = {
     "ingest": link.ingest,
     "wire": link.wire,
     "backlog": link.backlog,
+    "control": control.control,
     "redial": link.redial,
     "save": saving.save,
     "compress": compression.compress,

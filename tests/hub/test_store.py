@@ -1,17 +1,21 @@
 """What survives: a hub killed in the middle of everything loses nothing and doubles nothing."""
 
+import asyncio
 import random
 import shutil
 import signal
 import sqlite3
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 import pytest
 
 from agent.hub.errors import StoreFailed
-from agent.hub.store import Store
+from agent.hub.store import RECORDS_IN_A_COMMIT, Db, Store
 from protocol.messages import JobSeen
 from protocol.records import JobStatus, LogChunk, Point, Schema
 from protocol.rest import CLAIM, HEADER_AGENT
@@ -221,3 +225,59 @@ def test_a_hub_that_comes_from_a_backup_is_heard(tmp_path: Path) -> None:
         again, version = anyio.run(retried)
     assert again != first
     assert version == seen + 1
+
+
+def test_what_is_urgent_overtakes_what_waits_and_starves_nothing(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    async def main() -> None:
+        store = Store(tmp_path / "hub.sqlite")
+        begun, gate = threading.Event(), threading.Event()
+
+        def first(db: Db) -> None:
+            begun.set()
+            gate.wait(10)
+
+        def says(name: str) -> Callable[[Db], None]:
+            return lambda db: order.append(f"{name} in commit {store.commits}")
+
+        running = store.submit(first, behind=True)
+        assert await anyio.to_thread.run_sync(begun.wait, 10)
+        waits = [store.submit(says(f"points {n}"), behind=True, records=RECORDS_IN_A_COMMIT) for n in (1, 2)]
+        waits += [store.submit(says(f"state {n}")) for n in (1, 2)]
+        gate.set()
+        for future in (running, *waits):
+            await future
+        store.close()
+
+    anyio.run(main)
+    assert order == [
+        "state 1 in commit 1",
+        "state 2 in commit 1",
+        "points 1 in commit 2",
+        "points 2 in commit 3",
+    ]
+
+
+def test_points_get_every_second_commit_whatever_is_urgent(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    async def main() -> None:
+        store = Store(tmp_path / "hub.sqlite")
+        done = threading.Event()
+
+        def again(db: Db) -> None:
+            order.append("state")
+            if not done.is_set() and len(order) < 50:
+                loop.call_soon_threadsafe(lambda: store.submit(again))
+                # The next is queued before this commit ends.
+                while not store._urgent and len(order) < 50:
+                    time.sleep(0.001)
+
+        loop = asyncio.get_running_loop()
+        store.submit(again)
+        await store.write(lambda db: (order.append("points"), done.set()), behind=True)
+        await anyio.to_thread.run_sync(store.close)
+
+    anyio.run(main)
+    assert order.index("points") <= 2

@@ -42,6 +42,10 @@ class Records:
         self.boot = 1
         self.dials = 0
         self.on_change: Callable[[], None] = lambda: None
+        self.gate = anyio.Event()
+        """Until this is set nothing that is acknowledged can be deleted."""
+        self.gate.set()
+        self.acks = 0
         self.named = True
         """Whether HELLO names the streams."""
 
@@ -92,6 +96,8 @@ class Records:
         ]
 
     async def acked(self, key: Key, seq: int) -> None:
+        await self.gate.wait()
+        self.acks += 1
         self.at[key] = max(seq, self.at[key])
         self.on_change()
 
@@ -108,6 +114,7 @@ class Records:
 
     async def desired(self, message: Desired) -> None:
         self.wishes.append(message)
+        self.on_change()
 
     async def commanded(self, message: Command) -> None:
         self.commands.append(message)

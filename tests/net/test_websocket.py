@@ -103,6 +103,22 @@ async def test_wishes_and_commands_are_handed_on() -> None:
         assert (records.wishes, records.commands) == ([wish], [command])
 
 
+async def test_no_wish_waits_for_the_journal_to_delete() -> None:
+    async with connected() as (backend, records, _):
+        records.gate = anyio.Event()
+        for number in range(20):
+            records.say(METRICS, str(number))
+            await backend.until(lambda: len(backend.texts(METRICS)) == number + 1)  # noqa: B023  it is awaited here
+        wish = Desired("job", 1, "pause")
+        await backend.push(wish)
+        await backend.until(lambda: records.wishes == [wish])
+        assert records.at[METRICS] == 0
+        records.gate.set()
+        await backend.until(lambda: records.at[METRICS] == 20)
+        # Twenty acknowledgements, of which the newest counted.
+        assert records.acks <= 3
+
+
 async def test_no_append_is_slept_through() -> None:
     """Each is appended as soon as the one before it has arrived, at every place in the writer's round."""
     async with connected() as (backend, records, _):

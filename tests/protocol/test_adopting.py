@@ -54,7 +54,7 @@ def test_the_figures_of_the_code_are_the_codes() -> None:
     assert all(f"away for {ROLLED_BACK:g} s" in text for text in (TEXT, readme))
     defaults = {field.name: field.default for field in msgspec.structs.fields(Settings)}
     assert f"/ {defaults['gpu_monitoring_interval_seconds']:g} s figures of the machine" in TEXT
-    assert f"{limits.window_records:,} records or {limits.window_bytes // 2**20} MiB" in TEXT
+    assert f"{limits.window_records:,} records or {limits.window_bytes // 2**10} KiB" in TEXT
     assert f"silent for {limits.heartbeat_s:g} s" in TEXT
     assert f"{1_000_000 // 5 + 100_000 + 20_000:,}/s" in TEXT
     assert f"{round(1_000_000 / 60 + 120_000 + 900_000 / limits.heartbeat_s):,}/s" in TEXT
