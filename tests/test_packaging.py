@@ -146,9 +146,12 @@ def test_where_it_is_not_process_1_the_trainer_is_ended_by_its_id(tmp_path: Path
 def test_a_second_stop_does_not_wait_for_the_save(tmp_path: Path) -> None:
     with container(tmp_path, save=300) as (outer, first):
         agent = children(first)
-        os.kill(first, signal.SIGTERM)
+        # Both wait for it at once, the end of the agent and the second stop.
+        os.kill(first, signal.SIGSTOP)
+        os.kill(int(agent), signal.SIGTERM)
         until(lambda: children(first) != agent)
         os.kill(first, signal.SIGTERM)
+        os.kill(first, signal.SIGCONT)
         outer.wait(30)
         assert outer.returncode == 7
 

@@ -76,6 +76,10 @@ def _wait(agent: int, watched: frozenset[signal.Signals], seconds: float) -> int
         if got is None or got.si_signo == signal.SIGCHLD:
             continue
         if code is None:
+            # It may have ended just now, and a signal to the dead would be lost without a word.
+            code, _ = _collect(agent)
+            deadline = time.monotonic() + seconds if code is not None else deadline
+        if code is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(agent, got.si_signo)
         elif got.si_signo in STOPS:
