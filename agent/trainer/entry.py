@@ -81,17 +81,20 @@ def _work(line: Line, began: float) -> int:
         return run.train(order, line)
     except Exception as error:
         if failure_of(error).reason in (FailureReason.DEVICE_MEMORY, FailureReason.HOST_MEMORY):
-            error.advice = getattr(error, "advice", "") or _savings(order)  # type: ignore[attr-defined]
+            error.advice = getattr(error, "advice", "") or _savings(order, error)  # type: ignore[attr-defined]
         raise
 
 
-def _savings(order: Start) -> str:
-    """Return what would save memory in this job, and how much; "" where that cannot be told."""
+def _savings(order: Start, error: BaseException) -> str:
+    """Return what would save most memory in this job, and how much; "" where that cannot be told."""
     from agent.trainer import check, estimate
 
+    spec = order.spec
+    if isinstance(error, TrainerError):  # it was tried with single rows: a smaller micro-batch is no advice
+        spec = msgspec.structs.replace(spec, training=msgspec.structs.replace(spec.training, batch_size=1))
     try:
-        config = check.config_of(order.spec, order.workspace, order.limits)
-        return " ".join(estimate.advice_for(order.spec, order.limits, config))
+        config = check.config_of(spec, order.workspace, order.limits)
+        return " ".join(estimate.advice_for(spec, order.limits, config)[:3])
     except Exception:  # noqa: BLE001  advice must not hide the failure that it is for
         traceback.print_exc()
         return ""

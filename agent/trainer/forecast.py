@@ -1,8 +1,7 @@
 """The estimate at the start of every job, by formula; and what became of it after the first steps."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import datasets
@@ -13,10 +12,8 @@ from transformers import TrainerCallback
 
 from agent.trainer import estimate, meter, sizes
 from agent.trainer.curve import logger
-from agent.trainer.errors import TrainerError
 from agent.trainer.formula import GB, Rows
 from agent.trainer.model import Precision
-from protocol.failures import FailureReason
 from protocol.jobspec import JobSpec
 from protocol.worker import AnyEvent, Estimate, Estimated, Start
 
@@ -51,21 +48,6 @@ class Forecast:
         )
         self._say(Estimated(found))
         trainer.add_callback(_Reality(found, self._say))
-
-
-@contextmanager
-def advised(start: Start, config: Any) -> Iterator[None]:
-    """Add to a failure for want of memory what would save how much; it ends a job whose single rows do not fit."""
-    try:
-        yield
-    except TrainerError as error:
-        if error.reason in (FailureReason.DEVICE_MEMORY, FailureReason.HOST_MEMORY) and not error.advice:
-            spec = start.spec
-            alone = msgspec.structs.replace(
-                spec, training=msgspec.structs.replace(spec.training, batch_size=1)
-            )
-            error.advice = " ".join(estimate.advice_for(alone, start.limits, config)[:3])
-        raise
 
 
 class _Reality(TrainerCallback):  # type: ignore[misc]

@@ -12,7 +12,7 @@ from agent.trainer.checkpoint import Checkpoints, Found
 from agent.trainer.control import ControlledSFTTrainer
 from agent.trainer.disk import NoRoom, check_writable
 from agent.trainer.errors import TrainerError
-from agent.trainer.forecast import Forecast, advised
+from agent.trainer.forecast import Forecast
 from agent.trainer.inbox import Inbox, Leaving
 from agent.trainer.live import Applied, to_come
 from agent.trainer.model import choose_precision, load_model, load_tokenizer
@@ -84,8 +84,7 @@ class _Run:
         ground = self._load(found)
         trainer = ground.trainer
         try:
-            with advised(self.start, trainer.model.config):
-                trainer.train(resume_from_checkpoint=str(found.path) if found is not None else None)
+            trainer.train(resume_from_checkpoint=str(found.path) if found is not None else None)
             if self.checking is not None:
                 self.checking.finish()
             self._finish(ground)

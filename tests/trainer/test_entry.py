@@ -258,19 +258,23 @@ def test_advice_that_an_error_brings_is_told() -> None:
 
 
 @pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("single", [False, True])
 def test_a_job_without_enough_memory_is_told_what_would_save_how_much(
-    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch, single: bool
 ) -> None:
     start = jobs.start("job", training={"max_steps": 2, "batch_size": 8, "max_length": 512})
 
     def out_of_memory(order: Any, line: Any) -> int:
+        if single:
+            raise TrainerError(FailureReason.HOST_MEMORY, "A single row did not fit.", step=1)
         raise MemoryError
 
     monkeypatch.setattr("agent.trainer.run.train", out_of_memory)
     _, heard = run_here(start)
     failure = heard[-1].failure
     assert failure.reason is FailureReason.HOST_MEMORY
-    assert "training.batch_size 4" in failure.advice and "saves about" in failure.advice
+    assert "saves about" in failure.advice
+    assert ("training.batch_size 4" in failure.advice) is not single, "no smaller batch than single rows"
 
 
 def test_the_compiler_is_not_loaded_before_a_job_asks_for_it() -> None:
