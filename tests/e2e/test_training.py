@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.programs import Agent, Hub, clean_env, end, together, wait_until
-from tests.trainer.conftest import build_model, build_tokenizer, chat_rows, write_jsonl
+from tests.trainer.conftest import build_model, build_tokenizer, chat_rows, pair_rows, write_jsonl
 
 STEPS = 14
 EXACT = (
@@ -30,6 +30,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, Agent]
     build_model(folder / "agent" / "models" / "tiny", len(tokenizer))
     tokenizer.save_pretrained(str(folder / "agent" / "models" / "tiny"))
     write_jsonl(folder / "agent" / "datasets" / "chat.jsonl", chat_rows(48))
+    write_jsonl(folder / "agent" / "datasets" / "pairs.jsonl", pair_rows(48))
     with together(folder, fake=False, WARM_TRAINER="true") as both:
         yield both
 
@@ -78,20 +79,28 @@ def interrupted(hub: Hub, agent: Agent, job: str, how: str) -> None:
         ({}, "kill the agent"),
         ({"lora": True}, "pause"),
         ({"lora": True, "quantization": {"load_in_4bit": True}}, "pause"),
+        ({"lora": True, "method": "dpo", "packing": False}, "pause"),
     ],
-    ids=["full, agent killed", "lora, paused", "qlora 4 bit, paused"],
+    ids=["full, agent killed", "lora, paused", "qlora 4 bit, paused", "dpo, paused"],
 )
 def test_an_interrupted_run_equals_one_never_touched(
     real: tuple[Hub, Agent], training: dict[str, Any], how: str
 ) -> None:
     hub, agent = real
-    untouched = hub.submit(config(**training), "chat.jsonl")
+    rows = "pairs.jsonl" if training.get("method") == "dpo" else "chat.jsonl"
+    untouched = hub.submit(config(**training), rows)
     expected = hub.wait_state(untouched, "completed")
-    job = hub.submit(config(**training), "chat.jsonl")
+    job = hub.submit(config(**training), rows)
     interrupted(hub, agent, job, how)
     done = hub.wait_state(job, "completed")
     assert done["attempt"] == 2
     assert curve(hub, job) == curve(hub, untouched)
+    if rows == "pairs.jsonl":
+        margins = [
+            [point["rewards_margin"] for point in hub.metrics(one) if point["step"]]
+            for one in (untouched, job)
+        ]
+        assert margins[0] == margins[1] and margins[0][-1] > 0
     assert done["weights_hash"] == expected["weights_hash"]
     model = Path(done["model_path"])
     weights = "adapter_model.safetensors" if "lora" in training else "model.safetensors"
