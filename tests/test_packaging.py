@@ -63,6 +63,13 @@ def children(pid: int) -> str:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text()
 
 
+def waits(pid: int, number: signal.Signals) -> bool:
+    """Tell whether a signal was sent to a process that has not taken it."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    pending = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd", "ShdPnd"))]
+    return any(mask >> (number - 1) & 1 for mask in pending)
+
+
 def until(reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
     while not reached():
@@ -143,17 +150,23 @@ def test_where_it_is_not_process_1_the_trainer_is_ended_by_its_id(tmp_path: Path
 
 
 @needs_namespace
-def test_a_second_stop_does_not_wait_for_the_save(tmp_path: Path) -> None:
-    with container(tmp_path, save=300) as (outer, first):
+@pytest.mark.parametrize("second", [False, True])
+def test_a_second_stop_does_not_wait_for_the_save_and_the_first_does(tmp_path: Path, second: bool) -> None:
+    with container(tmp_path, save=300 if second else 1) as (outer, first):
         agent = children(first)
-        # Both wait for it at once, the end of the agent and the second stop.
+        if second:
+            os.kill(int(agent), signal.SIGSTOP)
+            os.kill(first, signal.SIGTERM)
+            until(lambda: waits(int(agent), signal.SIGTERM))
+        # Both wait for the first process at once, the end of the agent and a stop.
         os.kill(first, signal.SIGSTOP)
-        os.kill(int(agent), signal.SIGTERM)
+        os.kill(int(agent), signal.SIGCONT if second else signal.SIGTERM)
         until(lambda: children(first) != agent)
         os.kill(first, signal.SIGTERM)
         os.kill(first, signal.SIGCONT)
         outer.wait(30)
         assert outer.returncode == 7
+        assert (tmp_path / "saved").exists() is not second
 
 
 @needs_namespace

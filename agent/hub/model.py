@@ -87,8 +87,12 @@ class Job(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What the replay after the last resume found."""
 
     step: int = 0
+    step_attempt: int = 0
+    """The attempt that reached `step`; a state may say so ahead of its points."""
     epoch: float = 0.0
     figures_attempt: int = 0
+    figures_step: int = 0
+    """Of the newest point, whose values are in `figures`."""
     figures_time: float | None = None
     figures: dict[str, float | None] = {}
     """The newest value of each name."""

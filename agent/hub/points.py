@@ -195,9 +195,11 @@ def refresh(job: Job, dots: Iterable[Dot]) -> None:
     """Bring the job's newest figures up to date; an older point does not move them back."""
     figures = dict(job.figures)
     for dot in dots:
-        if (dot.attempt, dot.step) >= (job.figures_attempt, job.step):
+        if (dot.attempt, dot.step) >= (job.step_attempt, job.step):
+            job.step_attempt, job.step = dot.attempt, dot.step
+        if (dot.attempt, dot.step) >= (job.figures_attempt, job.figures_step):
             figures.update(dot.values)
-            job.figures_attempt, job.step, job.epoch = dot.attempt, dot.step, dot.epoch
+            job.figures_attempt, job.figures_step, job.epoch = dot.attempt, dot.step, dot.epoch
             job.figures_time = dot.time
             job.trend = dot.trend or job.trend
         else:

@@ -51,8 +51,8 @@ def _reached(job: Job, record: JobStatus, state: JobState) -> None:
     """Follow the step that a state was reported at: the points themselves may still be on their way."""
     if state in (JobState.QUEUED, JobState.PREPARING):
         return  # where the next attempt begins is known when it runs
-    if (record.attempt, record.step) >= (job.figures_attempt, job.step):
-        job.figures_attempt, job.step = record.attempt, record.step
+    if (record.attempt, record.step) >= (job.step_attempt, job.step):
+        job.step_attempt, job.step = record.attempt, record.step
 
 
 def take_facts(job: Job, facts: JobFacts) -> None:

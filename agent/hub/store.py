@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import itertools
 import queue
 import sqlite3
 import sys
@@ -34,6 +35,8 @@ class _Write:
     future: "asyncio.Future[Any]"
     loop: asyncio.AbstractEventLoop
     records: int
+    number: int
+    """Of all writes, in the order in which they were asked for."""
 
 
 def _settle(done: list[tuple["asyncio.Future[Any]", Any, BaseException | None]]) -> None:
@@ -56,6 +59,7 @@ class Store:
         self._urgent: deque[_Write] = deque()
         self._behind: deque[_Write] = deque()
         self._was_urgent = False
+        self._numbers = itertools.count()
         self._readers: queue.SimpleQueue[Db] = queue.SimpleQueue()
         self._limit = anyio.CapacityLimiter(READERS)
         self._db = self._open()
@@ -94,7 +98,8 @@ class Store:
         """Queue ``op``. With ``behind`` it comes after all earlier writes, and all that are not overtake it."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        (self._behind if behind else self._urgent).append(_Write(op, future, loop, records))
+        write = _Write(op, future, loop, records, next(self._numbers))
+        (self._behind if behind else self._urgent).append(write)
         self._bell.put(True)
         return future
 
@@ -127,17 +132,20 @@ class Store:
     def _next(self) -> list[_Write]:
         """Take what goes into one commit; empty where an earlier one took it all."""
         batch: list[_Write] = []
-        # By themselves, so that none of them waits for a batch of points; and those have every second commit at least.
-        if self._urgent and not self._was_urgent:
+        if self._was_urgent or not self._urgent:
+            room = RECORDS_IN_A_COMMIT
+            while self._behind and len(batch) < MOST_IN_A_COMMIT and room > 0:
+                # Not before an urgent write that was asked for earlier and waits for its turn.
+                if self._urgent and self._urgent[0].number < self._behind[0].number:
+                    break
+                batch.append(self._behind.popleft())
+                room -= batch[-1].records
+            self._was_urgent = False
+        if not batch:
+            # By themselves, so that none waits for a batch of points; and those have every second commit at least.
             while self._urgent and len(batch) < MOST_IN_A_COMMIT:
                 batch.append(self._urgent.popleft())
             self._was_urgent = bool(self._behind)
-            return batch
-        self._was_urgent = False
-        room = RECORDS_IN_A_COMMIT
-        while self._behind and len(batch) < MOST_IN_A_COMMIT and room > 0:
-            batch.append(self._behind.popleft())
-            room -= batch[-1].records
         return batch
 
     def _commit(self, batch: list[_Write]) -> None:

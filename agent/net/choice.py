@@ -94,6 +94,8 @@ class Polls:
         self.base = base
         self.ever = False
         """Whether one was answered: what stands there is a backend that can be polled."""
+        self.known = False
+        """Whether a socket was opened with this key: the key was good."""
         self._refusals = 0
         self._since = 0.0
 
@@ -118,7 +120,7 @@ class Polls:
         self._since = self._since if self._refusals else now
         self._refusals += 1
         lasts = self._refusals >= REFUSALS and now - self._since >= REFUSED_FOR
-        passes = self.ever or error.error in PASSING
+        passes = self.ever or self.known or error.error in PASSING
         if lasts or not passes or error.error.startswith(OF_THE_KEY) or "scope" in error.error:
             raise KeyRefused(
                 f"{self.base} refused the API key ({error}). Make a key with the scope `training` on the platform's "
@@ -209,6 +211,7 @@ class Transport:
         """Take the link's news."""
         if state == "connected":
             self.rules.welcomed()
+            self.polls.known = True
         elif self.rules.socket == "open" or self.link.dials > self._dials:
             self._dials = self.link.dials
             if state == "connecting":

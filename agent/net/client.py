@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CONNECT_WITHIN = 10.0
 ANSWER_WITHIN = 30.0
 """Seconds for an answer; the platform's own limit for a write is 25."""
-IN_ALL = 10
+IN_ALL = 2
 """Times that for the whole exchange: a line that lets a byte through now and then must not hold it for ever."""
 ANSWER_MOST = 32 << 20
 """Bytes of an answer. The largest that is asked for is a page of a log."""

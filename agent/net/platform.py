@@ -9,7 +9,7 @@ from loguru import logger
 
 from agent.core.job import Job
 from agent.net import hosted
-from agent.net.client import ANSWER_WITHIN, RestClient, RestError, Said, Unclear, Unreached
+from agent.net.client import ANSWER_WITHIN, IN_ALL, RestClient, RestError, Said, Unclear, Unreached
 from agent.net.drain import LOOK_EVERY, READ_BYTES, Drain, Store
 from agent.net.hosted import Memo
 from agent.net.lines import Lines
@@ -49,7 +49,7 @@ class PlatformDrain(Drain):
     ) -> None:
         super().__init__(client, uplink, clock, look_every)
         self._settle = settle
-        self._patience = within + settle
+        self._patience = IN_ALL * within + settle
         """Seconds after which nothing that was asked is stored any more: the answer's, and those to settle."""
         self._memos: dict[str, Memo] = {}
         self._names: dict[int, list[str]] = {}

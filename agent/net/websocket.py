@@ -163,7 +163,8 @@ class Link:
             except Exception as error:  # noqa: BLE001
                 # The connection's edge: every failure of a dial or a session ends here, and is judged once.
                 refused = refusal(error, self.url)
-                gone = isinstance(refused, NotOurBackend) and self._was_ours
+                away = isinstance(refused, NotOurBackend) or (refused is not None and refused.status == 403)
+                gone = self._was_ours and away
                 if refused is not None and not gone:
                     self._on_state("refused", str(refused))
                     raise refused from None

@@ -57,7 +57,7 @@ def grace(environ: Mapping[str, str]) -> float:
 def _wait(agent: int, watched: frozenset[signal.Signals], seconds: float) -> int:
     code: int | None = None
     deadline = float("inf")
-    killed = False
+    killed = asked = False
     while True:
         ended, anybody = _collect(agent)
         if ended is not None:
@@ -82,9 +82,10 @@ def _wait(agent: int, watched: frozenset[signal.Signals], seconds: float) -> int
         if code is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(agent, got.si_signo)
-        elif got.si_signo in STOPS:
+        elif got.si_signo in STOPS and asked:
             # The agent is gone, and whoever stops a second time does not want to wait for a save.
             deadline = 0.0
+        asked = asked or got.si_signo in STOPS
 
 
 def _collect(agent: int) -> tuple[int | None, bool]:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import torch
 
+from agent.trainer import memory
 from protocol.failures import FailureReason
 
 WORDS = (
@@ -46,6 +47,7 @@ def make_room() -> None:
     """Give back what nothing holds any more. Call where the failed pass's exception is no longer held either."""
     sys.last_exc = None  # type: ignore[attr-defined]  # an interactive hook may have kept the frames, and their tensors
     gc.collect()
+    memory.give_back_freed()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

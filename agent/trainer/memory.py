@@ -45,6 +45,13 @@ def keep_freed() -> None:
             set_option(option, value)
 
 
+def give_back_freed() -> None:
+    """Give the system back what the C library keeps of freed memory; see `keep_freed`."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def within_cap(free: int, total: int, held: int, fraction: float) -> int:
     """Return the bytes of a device that this process may still come to hold, with the ``held`` ones it has."""
     return max(0, min(free + held, int(total * fraction)))

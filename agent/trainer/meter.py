@@ -4,8 +4,6 @@ A CPU's resident memory cannot tell: the C library keeps what was freed, and wha
 allocations themselves are recorded there, by torch's profiler, as the CUDA allocator counts them by itself.
 """
 
-import ctypes
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +12,8 @@ from typing import Any
 import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+
+from agent.trainer import memory
 
 _MARK = "meter:"
 _MEMORY = "[memory]"
@@ -95,9 +95,7 @@ def measured(device: torch.device) -> Iterator[Meter]:
 
 def resident() -> int:
     """Return the bytes of this process that lie in memory, without what the C library keeps for later."""
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+    memory.give_back_freed()
     return resident_now()
 
 

@@ -289,6 +289,30 @@ def test_a_failed_job_says_why_and_can_be_retried(hub: HubProcess, client: httpx
     anyio.run(main)
 
 
+def test_figures_follow_the_points_where_a_state_is_ahead_of_them(
+    hub: HubProcess, client: httpx.Client
+) -> None:
+    async def main() -> None:
+        job_id, _ = submit(client)
+        agent = an_agent(hub)
+        async with agent.connected():
+            await agent.until_wanted(job_id)
+            agent.add(JobStatus(1.0, 1, "running"), job_id)
+            agent.add(Schema(1, ["train_loss"]), job_id)
+            agent.add(Point(1.0, 1, 10, 0.1, 1, [3.0]), job_id)
+            await agent.until_acked()
+            agent.add(JobStatus(3.0, 1, "paused", step=57), job_id)
+            await agent.until_acked()
+            assert (status_of(client, job_id)["current_step"], status_of(client, job_id)["loss"]) == (57, 3.0)
+            for step, loss in ((20, 2.0), (50, 1.0)):
+                agent.add(Point(2.0, 1, step, 0.2, 1, [loss]), job_id)
+            await agent.until_acked()
+        seen = status_of(client, job_id)
+        assert (seen["current_step"], seen["loss"]) == (57, 1.0)
+
+    anyio.run(main)
+
+
 @pytest.mark.parametrize("answer", ["refused", "expired", "unknown"])
 def test_a_retry_that_is_not_carried_out_leaves_the_job_failed(
     answer: Literal["refused", "expired", "unknown"], hub: HubProcess, client: httpx.Client

@@ -259,6 +259,36 @@ def test_what_is_urgent_overtakes_what_waits_and_starves_nothing(tmp_path: Path)
     ]
 
 
+def test_nothing_overtakes_an_urgent_write_that_was_asked_for_before(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    async def main() -> None:
+        store = Store(tmp_path / "hub.sqlite")
+        begun, gate = threading.Event(), threading.Event()
+
+        def first(db: Db) -> None:
+            begun.set()
+            gate.wait(10)
+
+        def says(name: str) -> Callable[[Db], None]:
+            return lambda db: order.append(name)
+
+        waits = [store.submit(says("before"), behind=True), store.submit(first)]
+        assert await anyio.to_thread.run_sync(begun.wait, 10)
+        waits += [
+            store.submit(says("points"), behind=True),
+            store.submit(says("state")),
+            store.submit(says("greeting"), behind=True),
+        ]
+        gate.set()
+        for future in waits:
+            await future
+        store.close()
+
+    anyio.run(main)
+    assert order == ["before", "points", "state", "greeting"]
+
+
 def test_points_get_every_second_commit_whatever_is_urgent(tmp_path: Path) -> None:
     order: list[str] = []
 

@@ -105,11 +105,17 @@ def test_a_refusal_of_the_key_itself_ends_it_at_once(status: int, error: str) ->
 
 @pytest.mark.parametrize(
     ("before", "status", "error"),
-    [(False, 401, "Database error"), (True, 401, "Authentication failed"), (True, 403, "Forbidden")],
+    [
+        ("", 401, "Database error"),
+        ("poll", 401, "Authentication failed"),
+        ("poll", 403, "Forbidden"),
+        ("socket", 403, "Forbidden"),
+    ],
 )
-def test_a_refusal_that_may_pass_must_last(before: bool, status: int, error: str) -> None:
+def test_a_refusal_that_may_pass_must_last(before: str, status: int, error: str) -> None:
     polls, refusal = Polls("https://backend.example"), said(status, error)
-    if before:
+    polls.known = before == "socket"
+    if before == "poll":
         polls.answered()
     for _ in range(3):
         # Many at once, or few over a long time, are a bad hour.

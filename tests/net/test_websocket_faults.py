@@ -380,14 +380,15 @@ async def test_a_slow_line_carries_everything() -> None:
     assert len(backend.hellos) == 1
 
 
+@pytest.mark.parametrize("status", [http.HTTPStatus.NOT_FOUND, http.HTTPStatus.FORBIDDEN])
 def test_a_backend_that_was_ours_before_is_dialled_again_when_something_else_answers(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, status: http.HTTPStatus
 ) -> None:
     monkeypatch.setattr(agent.net.websocket, "TLS_RETRY", 0.05)
     monkeypatch.setattr(agent.net.websocket, "backoff", lambda: backoff(first=0.01, cap=0.02))
 
     def redeployed(socket: ServerConnection, request: Request) -> Response | None:
-        return socket.respond(http.HTTPStatus.NOT_FOUND, "a proxy's page") if gone else None
+        return socket.respond(status, "a proxy's page") if gone else None
 
     gone: list[bool] = []
 

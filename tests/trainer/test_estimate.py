@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from transformers import LlamaConfig
 
-from agent.trainer import check, estimate, formula, sizes
+from agent.trainer import check, entry, estimate, formula, sizes
 from agent.trainer.errors import TrainerError
 from agent.trainer.forecast import MEASURED
 from agent.trainer.formula import GB, Rows, Situation
@@ -150,7 +150,7 @@ def test_a_job_whose_single_rows_do_not_fit_ends_with_advice_in_figures(jobs: Jo
     with device() as small, pytest.raises(TrainerError) as caught:
         small.rows = 0
         jobs.run("job")
-    told = caught.value.failure().advice
+    told = entry._savings(jobs.start("job"), caught.value)
     assert "A LoRA adapter of rank 16" in told and "gradient_checkpointing" in told
     assert "saves about" in told and "batch_size" not in told  # it has been one row already
 

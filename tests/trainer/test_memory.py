@@ -70,7 +70,7 @@ from agent.trainer import memory
 if "keep" in sys.argv:
     memory.keep_freed()
 def step():
-    [torch.zeros(1 << 20) for _ in range(30)]
+    [torch.ones(1 << 20) for _ in range(30)]
 for _ in range(3):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
