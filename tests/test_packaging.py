@@ -70,6 +70,12 @@ def waits(pid: int, number: signal.Signals) -> bool:
     return any(mask >> (number - 1) & 1 for mask in pending)
 
 
+def stop(pid: int) -> None:
+    """Have a process stand still, and wait until it does."""
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: "State:\tT" in Path(f"/proc/{pid}/status").read_text())
+
+
 def until(reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
     while not reached():
@@ -155,11 +161,11 @@ def test_a_second_stop_does_not_wait_for_the_save_and_the_first_does(tmp_path: P
     with container(tmp_path, save=300 if second else 1) as (outer, first):
         agent = children(first)
         if second:
-            os.kill(int(agent), signal.SIGSTOP)
+            stop(int(agent))
             os.kill(first, signal.SIGTERM)
             until(lambda: waits(int(agent), signal.SIGTERM))
         # Both wait for the first process at once, the end of the agent and a stop.
-        os.kill(first, signal.SIGSTOP)
+        stop(first)
         os.kill(int(agent), signal.SIGCONT if second else signal.SIGTERM)
         until(lambda: children(first) != agent)
         os.kill(first, signal.SIGTERM)
