@@ -250,7 +250,7 @@ class Transport:
                 if isinstance(error, Unclear) and 0 < error.status < 500:
                     return False
                 logger.info("{}; asking again", error)
-            except Exception:  # noqa: BLE001
+            except Exception:  # noqa: BLE001  a defect of ours in one answer must not end the agent and its jobs
                 logger.exception(BROKE, "a poll")
             await anyio.sleep(next(waits))
         return True
@@ -268,7 +268,7 @@ class Transport:
                     await self._serve()
             except Refused:
                 raise
-            except Exception:  # noqa: BLE001
+            except Exception:  # noqa: BLE001  as of a poll
                 broke = True
                 logger.exception(BROKE, "sending by REST")
             finally:
@@ -332,7 +332,7 @@ class Transport:
             except RestError as error:
                 self._not_polled(error)
                 why = str(error)
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:  # noqa: BLE001  as of a first poll
                 logger.exception(BROKE, "a poll")
                 why = str(error) or type(error).__name__
             if why:

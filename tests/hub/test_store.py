@@ -7,8 +7,9 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -227,31 +228,53 @@ def test_a_hub_that_comes_from_a_backup_is_heard(tmp_path: Path) -> None:
     assert version == seen + 1
 
 
-def test_what_is_urgent_overtakes_what_waits_and_starves_nothing(tmp_path: Path) -> None:
+def in_order(folder: Path, *phases: list[dict[str, Any]]) -> list[str]:
+    """Ask for writes, by what `Store.submit` takes beside ``name``, and return how they were done.
+
+    The last of each phase but the final one is still being done when the next phase is asked for.
+    """
     order: list[str] = []
 
     async def main() -> None:
-        store = Store(tmp_path / "hub.sqlite")
-        begun, gate = threading.Event(), threading.Event()
+        store = Store(folder / "hub.sqlite")
+        waits: list[asyncio.Future[None]] = []
+        gate = threading.Event()
+        for phase in phases:
+            begun, before, gate = threading.Event(), gate, threading.Event()
 
-        def first(db: Db) -> None:
-            begun.set()
-            gate.wait(10)
+            def last(db: Db, name: str, begun: threading.Event = begun, gate: threading.Event = gate) -> None:
+                order.append(f"{name} in commit {store.commits}")
+                begun.set()
+                gate.wait(10)
 
-        def says(name: str) -> Callable[[Db], None]:
-            return lambda db: order.append(f"{name} in commit {store.commits}")
-
-        running = store.submit(first, behind=True)
-        assert await anyio.to_thread.run_sync(begun.wait, 10)
-        waits = [store.submit(says(f"points {n}"), behind=True, records=RECORDS_IN_A_COMMIT) for n in (1, 2)]
-        waits += [store.submit(says(f"state {n}")) for n in (1, 2)]
-        gate.set()
-        for future in (running, *waits):
+            for write in phase:
+                name, given = write["name"], {key: write[key] for key in write if key != "name"}
+                if write is phase[-1] and phase is not phases[-1]:
+                    waits.append(store.submit(partial(last, name=name), **given))
+                else:
+                    text = f"{name} in commit"
+                    waits.append(
+                        store.submit(lambda db, text=text: order.append(f"{text} {store.commits}"), **given)
+                    )
+            before.set()
+            if phase is not phases[-1]:
+                assert await anyio.to_thread.run_sync(begun.wait, 10)
+        for future in waits:
             await future
         store.close()
 
     anyio.run(main)
-    assert order == [
+    return order
+
+
+MANY = {"behind": True, "records": RECORDS_IN_A_COMMIT}
+
+
+def test_what_is_urgent_overtakes_what_waits_and_starves_nothing(tmp_path: Path) -> None:
+    points = [{"name": "points 1", **MANY}, {"name": "points 2", **MANY}]
+    states = [{"name": "state 1"}, {"name": "state 2"}]
+    assert in_order(tmp_path, [{"name": "first", **MANY}], points + states) == [
+        "first in commit 0",
         "state 1 in commit 1",
         "state 2 in commit 1",
         "points 1 in commit 2",
@@ -260,33 +283,15 @@ def test_what_is_urgent_overtakes_what_waits_and_starves_nothing(tmp_path: Path)
 
 
 def test_nothing_overtakes_an_urgent_write_that_was_asked_for_before(tmp_path: Path) -> None:
-    order: list[str] = []
-
-    async def main() -> None:
-        store = Store(tmp_path / "hub.sqlite")
-        begun, gate = threading.Event(), threading.Event()
-
-        def first(db: Db) -> None:
-            begun.set()
-            gate.wait(10)
-
-        def says(name: str) -> Callable[[Db], None]:
-            return lambda db: order.append(name)
-
-        waits = [store.submit(says("before"), behind=True), store.submit(first)]
-        assert await anyio.to_thread.run_sync(begun.wait, 10)
-        waits += [
-            store.submit(says("points"), behind=True),
-            store.submit(says("state")),
-            store.submit(says("greeting"), behind=True),
-        ]
-        gate.set()
-        for future in waits:
-            await future
-        store.close()
-
-    anyio.run(main)
-    assert order == ["before", "points", "state", "greeting"]
+    asked = [{"name": "state"}, {"name": "greeting", "behind": True}]
+    before = [{"name": "points", "behind": True}, {"name": "word"}]
+    assert in_order(tmp_path, [{"name": "first", **MANY}], before, asked) == [
+        "first in commit 0",
+        "word in commit 1",
+        "points in commit 2",
+        "state in commit 3",
+        "greeting in commit 4",
+    ]
 
 
 def test_points_get_every_second_commit_whatever_is_urgent(tmp_path: Path) -> None:
