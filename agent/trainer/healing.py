@@ -52,6 +52,14 @@ def make_room() -> None:
         torch.cuda.empty_cache()
 
 
+def forget_unscaled(scaler: Any) -> None:
+    """Let a gradient scaler (or None) divide the gradients of this step again, where its clipping was given up."""
+    if scaler is not None:
+        # It says itself that it takes two calls in a step for a mistake, and only `update` would make it forget,
+        # which also moves the scale.
+        scaler._per_optimizer_states.clear()
+
+
 class RandomStates:
     """Where the random numbers of training stand, and back to there."""
 

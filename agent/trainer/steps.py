@@ -207,6 +207,7 @@ class Steps(Saving):
                 return made
             # Here nothing holds the failed pass any more, and its memory can be given back.
             model.zero_grad()
+            healing.forget_unscaled(self.accelerator.scaler)
             healing.make_room()
             self._tokens, self._samples = tokens, samples
             del self._masks[masks:]

@@ -269,3 +269,22 @@ def test_a_held_out_row_that_had_fitted_goes_on_in_a_fresh_process(jobs: Jobs) -
     again = jobs.run("job", attempt=2, **wanted)
     assert curve(left, again) == curve(untouched)
     assert again.last.weights_hash == untouched.last.weights_hash
+
+
+def test_a_scaled_step_whose_clipping_was_given_up_is_made_again() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer, scaler = torch.optim.SGD([weight], lr=1.0), torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def backward() -> None:
+        optimizer.zero_grad()
+        scaler.scale(weight.sum()).backward()
+        scaler.unscale_(optimizer)
+
+    backward()  # memory ended in the clipping that follows
+    healing.forget_unscaled(scaler)
+    backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert weight.tolist() == [0.0, 0.0]
+    assert scaler.get_scale() == 1024.0
+    healing.forget_unscaled(None)
