@@ -133,9 +133,15 @@ class JobDesk:
                 await self.ledger.write(batch, also)
                 self._committed(batch)
 
-    async def change(self, job_id: str, decide: Callable[[Job], tuple[Job, list[Effect]]]) -> Job:
+    async def change(
+        self,
+        job_id: str,
+        decide: Callable[[Job], tuple[Job, list[Effect]]],
+        *,
+        also: Callable[[Tx], None] | None = None,
+    ) -> Job:
         """Ask the core what becomes of a job, commit it and carry it out. Raises as `transact` does."""
-        await self.transact(lambda batch: self.take(batch, decide(self.job(job_id))))
+        await self.transact(lambda batch: self.take(batch, decide(self.job(job_id))), also=also)
         return self.jobs[job_id]
 
     async def add(self, job: Job, *, secrets: dict[str, str] | None = None) -> None:

@@ -12,6 +12,7 @@ from agent.core.effects import Effect
 from agent.core.job import Job
 from agent.core.outbox import admit
 from agent.runtime.journal import Journal, Tx
+from protocol.lifecycle import TERMINAL
 from protocol.messages import Lane
 from protocol.records import AnyRecord, LogChunk, Notice, Point, Schema
 from protocol.session import Key
@@ -168,5 +169,8 @@ def scrub_told(tx: Tx, ended: Iterable[str]) -> None:
     """Delete the tokens of those of the ended jobs whose last word has arrived: they serve for nothing any more."""
     waiting = {one.scope for one in tx.streams() if one.last >= one.first}
     for job_id in ended:
-        if job_id not in waiting:
+        body = tx.get_job(job_id)
+        # By what is in the journal: since the caller looked it may have been retried, and has its token anew.
+        alive = body is not None and job_decoder.decode(body).state not in TERMINAL
+        if job_id not in waiting and not alive:
             tx.scrub_secrets(job_id)

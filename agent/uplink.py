@@ -57,6 +57,8 @@ class JournalUplink:
         self._dials = 0
         self._ahead = 0.0
         """Seconds by which the backend's clock is ahead of ours."""
+        self._said_again: dict[str, str] = {}
+        """Tokens of jobs that have ended, for the retry that may follow: in the journal they are scrubbed."""
 
     async def hello(self) -> Hello:
         await self.before_hello()
@@ -162,6 +164,9 @@ class JournalUplink:
 
     async def keep_token(self, job_id: str, token: str) -> None:
         self._keep_secret(token)
+        job = self._desk.jobs.get(job_id)
+        if job is not None and job.state in TERMINAL:
+            self._said_again[job_id] = token
         await self._desk.ledger.journal.write(lambda tx: tx.put_secret(job_id, "job_token", token))
 
     async def noted(self, name: str) -> str:
@@ -235,8 +240,7 @@ class JournalUplink:
         job = self._desk.job(message.job_id)
         if token and (job.state not in TERMINAL or message.want == "run"):
             # Also for one that has ended: a retry follows, and it may have to fetch its data.
-            self._keep_secret(token)
-            await self._desk.ledger.journal.write(lambda tx: tx.put_secret(job.job_id, "job_token", token))
+            await self.keep_token(job.job_id, token)
 
     async def _refuse(self, message: Desired, state: JobState, sentence: str) -> None:
         """Answer an offer that never becomes a job here."""
@@ -302,6 +306,7 @@ class JournalUplink:
                     lambda job: retried(
                         job, by="user", now=now, checkpoint=checkpoint, accept_changes=accept
                     ),
+                    also=self._with_token(message.job_id),
                 )
             elif kind is CommandKind.SEND_LOG:
                 offset = int(message.args.get("offset", 0))
@@ -319,6 +324,20 @@ class JournalUplink:
                 now, message.command_id, "refused", f"The job's log cannot be read: {error.strerror}."
             )
         return CommandDone(now, message.command_id, "done")
+
+
+    def _with_token(self, job_id: str) -> Callable[[Tx], None]:
+        """Return what gives a job its token back in the transaction that retries it.
+
+        What arrives between DESIRED and the command has the token that came with DESIRED scrubbed.
+        """
+        token = self._said_again.pop(job_id, "")
+
+        def keep(tx: Tx) -> None:
+            if token:
+                tx.put_secret(job_id, "job_token", token)
+
+        return keep
 
 
 async def _at_once_ready() -> None:

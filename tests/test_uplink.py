@@ -10,6 +10,7 @@ import pytest
 
 from agent.core.job import Job
 from agent.hearing import Hearing
+from agent.ledger import scrub_told
 from agent.program import DAMAGED
 from agent.runtime.redact import Redactor
 from agent.runtime.supervisor import Fact, Heard
@@ -111,6 +112,32 @@ def test_a_token_is_kept_until_the_last_line_of_the_log_has_arrived(tmp_path: Pa
             assert await uplink.token("k") == ""
             assert await uplink.token("j") == "t"
             await uplink.acked(Key(EPOCH, "j", Lane.LOGS), 2)
+            assert await uplink.token("j") == ""
+
+    anyio.run(test)
+
+
+def test_a_retry_has_its_token_whatever_is_acknowledged_before_it(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with desk_in(tmp_path) as desk:
+            uplink = uplink_of(desk)
+            await desk.add(job(JobState.FAILED), secrets={"job_token": "t"})
+            control = Key(EPOCH, "j", Lane.CONTROL)
+            await uplink.acked(control, 1)
+            assert await uplink.token("j") == ""
+            await uplink.desired(Desired("j", 2, "run", Offer("{}", job_token="t")))
+            # What answers DESIRED arrives ahead of the command, and is the last that was not acknowledged.
+            await uplink.acked(control, 2)
+            await uplink.commanded(Command("c-1", "retry", "j"))
+            assert desk.job("j").state is JobState.QUEUED
+            assert await uplink.token("j") == "t"
+            # One who looked before the retry, and scrubs after it.
+            await desk.ledger.journal.write(lambda tx: scrub_told(tx, ["j"]))
+            await uplink.acked(control, 3)
+            assert await uplink.token("j") == "t"
+            # With its next end it goes like any other.
+            await desk.change("j", lambda job: (as_failed(job), []))
+            await desk.ledger.journal.write(lambda tx: scrub_told(tx, ["j"]))
             assert await uplink.token("j") == ""
 
     anyio.run(test)
