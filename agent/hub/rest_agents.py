@@ -182,7 +182,9 @@ async def post_records(request: Request, hub: Hub) -> Response:
     await hub.keys.require(request.headers)
     agent_id = _agent_id(request)
     sent = await numbered(request, "")
-    applied = await hub.store.write(lambda db: keep(db, agent_id, sent, hub.clock()), behind=True)
+    applied = await hub.store.write(
+        lambda db: keep(db, agent_id, sent, hub.clock()), behind=True, records=len(sent.records)
+    )
     await hub.stored(applied)
     return Json({"success": True, "ack": applied.ack})
 

@@ -166,7 +166,7 @@ async def _raw_records(request: Request, hub: Hub, job_id: str, lane: int) -> Re
         done = keep(db, sender, sent, hub.clock())
         return done.job or job, done
 
-    job, applied = await hub.store.write(op, behind=True)
+    job, applied = await hub.store.write(op, behind=True, records=len(sent.records))
     await hub.stored(applied)
     return Json(answer(job, ack=applied.ack, count=len(sent.records), status=job.status))
 
@@ -215,7 +215,7 @@ async def _append_points(
             save_job(db, job)
         return job, fresh, numbered.done()
 
-    job, dots, ack = await hub.store.write(op, behind=True)
+    job, dots, ack = await hub.store.write(op, behind=True, records=len(metrics))
     hub.feed.tell(job.id, dots)
     hub.changed(job)
     count = {"count": len(metrics)} if counted else {}

@@ -90,12 +90,15 @@ class Store:
             )
         db.executescript(SCHEMA)
 
-    async def write(self, op: Callable[[Db], T], *, behind: bool = False) -> T:
+    async def write(self, op: Callable[[Db], T], *, behind: bool = False, records: int = 1) -> T:
         """Run ``op`` in the writer's transaction; return what it returned once that is durable. See `submit`."""
-        return await self.submit(op, behind=behind)
+        return await self.submit(op, behind=behind, records=records)
 
     def submit(self, op: Callable[[Db], T], *, behind: bool = False, records: int = 1) -> "asyncio.Future[T]":
-        """Queue ``op``. With ``behind`` it comes after all earlier writes, and all that are not overtake it."""
+        """Queue ``op``, which stores so many ``records``.
+
+        With ``behind`` it comes after all earlier writes, and all that are not overtake it.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         write = _Write(op, future, loop, records, next(self._numbers))
