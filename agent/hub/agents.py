@@ -299,6 +299,12 @@ class Connection:
                 await self._hub.stored(await future)
             except (StreamRefused, ingest.Gap, StoreFailed, OverflowError) as error:
                 log.info("after %s had left: %s", self.agent_id, error)
+            except Exception:
+                # An edge: whatever one frame comes to (a row that cannot be read), the pages hear of those behind
+                # it, and a job that waits gets the place of one that has ended.
+                log.exception(
+                    "after %s had left, a frame of it broke in a way that nobody foresaw", self.agent_id
+                )
 
 
 def _short(reason: str) -> str:
