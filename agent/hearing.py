@@ -53,7 +53,6 @@ class Hearing:
         self._clean = clean
         self._clock = clock
         self._points = Points()
-        desk.ledger.schemas = lambda job_id: self._points.said(job_id)
         self._encode = msgspec.msgpack.Encoder().encode
         self._faults: dict[tuple[str, int], str] = {}
         self._seen: dict[tuple[str, int], Seen] = {}

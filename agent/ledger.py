@@ -1,5 +1,6 @@
 """What is written down before it is done: jobs and outgoing records, in one transaction each."""
 
+import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -7,11 +8,12 @@ from dataclasses import dataclass, field
 import anyio
 import anyio.abc
 import msgspec
+from loguru import logger
 
 from agent.core.effects import Effect
 from agent.core.job import Job
 from agent.core.outbox import admit
-from agent.runtime.journal import Journal, Tx
+from agent.runtime.journal import Journal, JournalFull, Tx
 from protocol.lifecycle import TERMINAL
 from protocol.messages import Lane
 from protocol.records import AnyRecord, LogChunk, Notice, Point, Schema
@@ -24,6 +26,9 @@ OVER_QUOTA = (
 )
 
 DROPPED = "dropped:"
+NAMES = "schema:"
+"""Each schema that a job's points were sent with: its own record is deleted once the backend has it, and a backend
+that comes from a backup asks for it again."""
 
 job_encoder = msgspec.msgpack.Encoder()
 job_decoder: msgspec.msgpack.Decoder[Job] = msgspec.msgpack.Decoder(Job)
@@ -47,6 +52,7 @@ class Batch:
     """How many log lines of a job are left out and untold once this is committed."""
     told: set[str] = field(default_factory=set)
     """Jobs whose user is told here that the outbox is over its quota."""
+    schemas: list[tuple[str, Schema]] = field(default_factory=list)
 
 
 class Ledger:
@@ -62,8 +68,6 @@ class Ledger:
         self.drained = anyio.Event()
         """Set when everything is acknowledged; who waits puts a new one here first."""
         self.on_append: Callable[[], None] = lambda: None
-        self.schemas: Callable[[str], list[Schema]] = lambda job_id: []
-        """Returns the schemas that the points of a job were sent with since this start."""
         self.open_logs: set[str] = set()
         """Jobs that have had a process since their log was last read to its end: more of it is to be sent."""
         self._outbox_bytes = outbox_bytes
@@ -79,9 +83,30 @@ class Ledger:
         for stream in await self.journal.read(lambda rows: rows.streams()):
             self.heads[Key(stream.epoch, stream.scope, stream.lane)] = stream.last
         self.count(await self.journal.read(lambda rows: rows.backlog()))
+        await self._name_again()
         left_out = await self.journal.read(lambda rows: rows.metas(DROPPED))
         self._dropped = {scope: int(count) for scope, count in left_out.items() if count != "0"}
         return [job_decoder.decode(body) for _, body in await self.journal.read(lambda rows: rows.all_jobs())]
+
+    async def _name_again(self) -> None:
+        """Say the names of points that an earlier start left: its own word of them may be lost with the backend."""
+        batch = Batch()
+        for key in list(self.heads):
+            if key.scope and key.lane == Lane.METRICS:
+                for schema in await self.schemas(key.scope):
+                    self.append(batch, key.scope, Lane.CONTROL, schema)
+        if not batch.appends:
+            return
+        try:
+            await self.write(batch)
+        except JournalFull as error:
+            # The backend has them, if it is the one that it was.
+            logger.warning("the names of points cannot be said again: {}", error)
+
+    async def schemas(self, job_id: str) -> list[Schema]:
+        """Return the schemas that the points of a job were sent with."""
+        kept = await self.journal.read(lambda rows: rows.metas(f"{NAMES}{job_id}:"))
+        return [Schema(int(number), json.loads(names)) for number, names in kept.items()]
 
     def count(self, backlog: dict[int, tuple[int, int]]) -> None:
         """Take over what the journal says is not acknowledged."""
@@ -107,6 +132,8 @@ class Ledger:
         if logs and dropped:
             record = msgspec.structs.replace(logs, dropped=logs.dropped + dropped)
             batch.dropped[scope] = 0
+        if isinstance(record, Schema):
+            batch.schemas.append((scope, record))
         batch.appends.append((scope, int(lane), admit(record)))
 
     def left_out(self, scope: str, batch: Batch | None = None) -> int:
@@ -139,6 +166,10 @@ class Ledger:
             (job.job_id, str(job.state), job.order, job_encoder.encode(job)) for job in batch.jobs.values()
         ]
 
+        named = {
+            f"{NAMES}{scope}:{schema.schema_id}": json.dumps(schema.names) for scope, schema in batch.schemas
+        }
+
         def change(tx: Tx) -> list[int]:
             for changed_row in changed:
                 tx.put_job(*changed_row)
@@ -148,6 +179,8 @@ class Ledger:
                 tx.put_points(batch.points)
             for scope, count in batch.dropped.items():
                 tx.set_meta(DROPPED + scope, str(count))
+            for name, names in named.items():
+                tx.set_meta(name, names)
             if also is not None:
                 also(tx)
             return [tx.append_all(*key, bodies) for key, bodies in streams.items()]

@@ -121,7 +121,8 @@ class JournalUplink:
             return
         try:
             # A schema may have been among what it will never have, and points without names are worth little.
-            await self._desk.append(key.scope, Lane.CONTROL, self._desk.ledger.schemas(key.scope))
+            schemas = await self._desk.ledger.schemas(key.scope)
+            await self._desk.append(key.scope, Lane.CONTROL, schemas)
         except JournalFull as error:
             logger.warning("the names of points of job {} cannot be said again: {}", key.scope, error)
 
@@ -324,7 +325,6 @@ class JournalUplink:
                 now, message.command_id, "refused", f"The job's log cannot be read: {error.strerror}."
             )
         return CommandDone(now, message.command_id, "done")
-
 
     def _with_token(self, job_id: str) -> Callable[[Tx], None]:
         """Return what gives a job its token back in the transaction that retries it.

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from agent.core.job import Job
+from agent.desk import JobDesk
 from agent.hearing import Hearing
 from agent.ledger import scrub_told
 from agent.program import DAMAGED
@@ -147,16 +148,21 @@ def as_failed(running: Job) -> Job:
     return msgspec.structs.replace(running, state=JobState.FAILED)
 
 
+async def hear_a_point(desk: JobDesk) -> None:
+    hearing = Hearing(desk, lambda event: event)
+    send, facts = anyio.create_memory_object_stream[list[Fact]](1)
+    with send:
+        metrics = Metrics(step=1, epoch=0.1, time=1.0, values={"loss": 1.0})
+        await send.send([Heard("j", 1, Numbered(1, 1, metrics))])
+    with facts:
+        await hearing.run(facts)
+
+
 def test_the_names_of_points_are_said_again_where_they_were_lost(tmp_path: Path) -> None:
     async def test() -> None:
         async with desk_in(tmp_path, job(JobState.RUNNING, worker_pid=1)) as desk:
-            hearing, uplink = Hearing(desk, lambda event: event), uplink_of(desk)
-            send, facts = anyio.create_memory_object_stream[list[Fact]](1)
-            with send:
-                metrics = Metrics(step=1, epoch=0.1, time=1.0, values={"loss": 1.0})
-                await send.send([Heard("j", 1, Numbered(1, 1, metrics))])
-            with facts:
-                await hearing.run(facts)
+            uplink = uplink_of(desk)
+            await hear_a_point(desk)
             [_, schema] = await stored(desk, "j")
             assert isinstance(schema, Schema)
             control = Key(EPOCH, "j", Lane.CONTROL)
@@ -171,6 +177,30 @@ def test_the_names_of_points_are_said_again_where_they_were_lost(tmp_path: Path)
                 assert await stored(desk, "j") == []
             await uplink.buried(control, "trimmed")
             assert await stored(desk, "j") == [schema]
+
+    anyio.run(test)
+
+
+def test_points_that_outlived_a_start_of_the_agent_have_their_names_said_again(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with desk_in(tmp_path, job(JobState.RUNNING, worker_pid=1)) as desk:
+            await hear_a_point(desk)
+            [_, schema] = await stored(desk, "j")
+            assert isinstance(schema, Schema)
+            # All but the point has arrived, and nothing is left of it: it may be gone there by now.
+            await uplink_of(desk).acked(Key(EPOCH, "j", Lane.CONTROL), 2)
+        async with desk_in(tmp_path, epoch=EPOCH + 1) as desk:
+            uplink, control = uplink_of(desk), Key(EPOCH + 1, "j", Lane.CONTROL)
+            assert await stored(desk, "j", epoch=EPOCH + 1) == [schema]
+            # And again where the backup came later.
+            await uplink.acked(control, 1)
+            await uplink.buried(control, "trimmed")
+            assert await stored(desk, "j", epoch=EPOCH + 1) == [schema]
+            await uplink.acked(control, 2)
+            await uplink.acked(Key(EPOCH, "j", Lane.METRICS), 1)
+        async with desk_in(tmp_path, epoch=EPOCH + 2) as desk:
+            # No point is left that would need them.
+            assert await stored(desk, "j", epoch=EPOCH + 2) == []
 
     anyio.run(test)
 

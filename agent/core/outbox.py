@@ -46,7 +46,7 @@ class Points:
     """Metrics to points; each schema goes ahead of the first point that uses it, once per epoch of the stream."""
 
     def __init__(self) -> None:
-        self._said: dict[str, dict[int, Schema]] = {}
+        self._said: dict[str, set[int]] = {}
         self._known: dict[tuple[str, ...], tuple[Schema, Callable[[dict[str, float]], Iterable[float]]]] = {}
 
     def records(self, job_id: str, attempt: int, metrics: Metrics) -> list[AnyRecord]:
@@ -66,15 +66,11 @@ class Points:
             list(in_order(metrics.values)),
             metrics.trend,
         )
-        said = self._said.setdefault(job_id, {})
+        said = self._said.setdefault(job_id, set())
         if schema.schema_id in said:
             return [point]
-        said[schema.schema_id] = schema
+        said.add(schema.schema_id)
         return [schema, point]
-
-    def said(self, job_id: str) -> list[Schema]:
-        """Return the schemas that went ahead of a job's points."""
-        return list(self._said.get(job_id, {}).values())
 
 
 def _in_order(names: list[str]) -> Callable[[dict[str, float]], Iterable[float]]:

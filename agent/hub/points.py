@@ -96,6 +96,12 @@ class Shapes:
         row = self._db.execute(
             "SELECT id FROM shapes WHERE job=? AND epoch=? AND schema_id=?", (self._job, epoch, schema_id)
         ).fetchone()
+        if epoch != BY_REST:
+            # Points of an earlier start, whose own schema this hub has lost: it came from a backup.
+            self._db.execute(
+                "UPDATE shapes SET names=? WHERE job=? AND schema_id=? AND names IS NULL",
+                (text, self._job, schema_id),
+            )
         self._ids[epoch, schema_id] = row[0]
         self.names[row[0]] = list(names)
         self._newest[schema_id] = row[0]

@@ -1,4 +1,4 @@
-"""C16 to C34: records are stored once, in order, and acknowledged when they are."""
+"""C16 to C34, and C64: records are stored once, in order, and acknowledged when they are."""
 
 import math
 import time
@@ -315,5 +315,21 @@ def test_c31_bye_closes_nothing(backend: Backend) -> None:
             await line.acked(1, 9)
         async with backend.greeted(agent, agent.head(1, job.id, LOGS, 9)) as (_, positions):
             assert positions == {1: 9}
+
+    anyio.run(main)
+
+
+def test_c64_names_that_come_later_are_those_of_older_points(backend: Backend) -> None:
+    async def main() -> None:
+        agent = Someone()
+        job = backend.job_of(agent)
+        async with backend.greeted(agent, agent.head(1, job.id, 1, 2)) as (line, _):
+            await line.data(1, 1, *points(1, 2, loss=2.5))
+            await line.acked(1, 2)
+        agent.boot, agent.epoch = agent.boot + 1, agent.epoch ^ 1
+        async with backend.greeted(agent, agent.head(1, job.id, 0, 1)) as (line, _):
+            await line.data(1, 1, schema())
+            await line.acked(1, 1)
+        assert {point["step"]: point["train_loss"] for point in backend.curve(job)} == {1: 2.5, 2: 2.5}
 
     anyio.run(main)

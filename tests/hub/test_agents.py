@@ -155,6 +155,28 @@ def test_a_newer_attempt_goes_over_the_older_one(hub: HubProcess, client: httpx.
     anyio.run(main)
 
 
+def test_names_that_come_with_a_later_start_are_those_of_older_points_too(
+    hub: HubProcess, client: httpx.Client
+) -> None:
+    async def main() -> None:
+        job_id, _ = submit(client)
+        agent = an_agent(hub)
+        async with agent.connected():
+            await agent.until_wanted(job_id)
+            # Its schema was in what this hub lost.
+            agent.add(Point(1.0, 1, 1, 0.5, 3, [0.25]), job_id)
+            await agent.until_acked()
+        agent.reborn()
+        agent.add(Schema(3, ["eval_loss"]), job_id)
+        agent.add(Schema(4, ["train_loss"]), job_id)
+        async with agent.connected():
+            await agent.until_acked()
+        [point] = curve_of(client, job_id)
+        assert point["eval_loss"] == 0.25
+
+    anyio.run(main)
+
+
 def test_another_agents_job_cannot_be_written(hub: HubProcess, client: httpx.Client) -> None:
     async def main() -> None:
         job_id, _ = submit(client)

@@ -26,7 +26,9 @@ def settings(folder: Path, **more: str) -> Settings:
 
 
 @asynccontextmanager
-async def desk_in(folder: Path, *jobs: Job, outbox: int = 1 << 20) -> AsyncIterator[JobDesk]:
+async def desk_in(
+    folder: Path, *jobs: Job, outbox: int = 1 << 20, epoch: int = EPOCH
+) -> AsyncIterator[JobDesk]:
     """A desk that has read its journal and has not begun: nothing is started."""
     journal = Journal.open(folder / "journal.sqlite")
     send, facts = anyio.create_memory_object_stream[list[Fact]](8)
@@ -34,7 +36,7 @@ async def desk_in(folder: Path, *jobs: Job, outbox: int = 1 << 20) -> AsyncItera
     try:
         with send, facts:
             async with anyio.create_task_group() as group:
-                await desk.load(EPOCH, group)
+                await desk.load(epoch, group)
                 for job in jobs:
                     await desk.add(job)
                 yield desk
@@ -47,9 +49,9 @@ def job(state: JobState, job_id: str = "j", **fields: Any) -> Job:
     return Job(job_id=job_id, config="{}", from_backend=True, attempt=1, state=state, **fields)
 
 
-async def stored(desk: JobDesk, scope: str, lane: int = 0) -> list[Any]:
+async def stored(desk: JobDesk, scope: str, lane: int = 0, epoch: int = EPOCH) -> list[Any]:
     """Return the records of a stream that are not acknowledged."""
-    rows = await desk.ledger.journal.read(lambda rows: rows.records(EPOCH, scope, lane, 0, 100, 1 << 20))
+    rows = await desk.ledger.journal.read(lambda rows: rows.records(epoch, scope, lane, 0, 100, 1 << 20))
     return [decode_record(body) for _, body in rows if body is not None]
 
 
