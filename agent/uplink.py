@@ -8,10 +8,10 @@ import msgspec
 from loguru import logger
 
 from agent.core.control import desire, offered, order_for, retried
-from agent.core.job import Job
+from agent.core.job import Job, note, status
 from agent.desk import JobDesk
 from agent.errors import NotPossible, UnknownJob
-from agent.ledger import scrub_told
+from agent.ledger import Batch, scrub_told
 from agent.runtime.journal import JournalFull, Tx
 from protocol.codec import decode_record, encode_record
 from protocol.failures import FailureReason, failure
@@ -19,10 +19,15 @@ from protocol.fields import Values
 from protocol.jobspec import BadSpec, JobId
 from protocol.lifecycle import TERMINAL, JobState, Want
 from protocol.messages import Command, CommandKind, Desired, Hello, JobSeen, Lane, Machine, StreamHead
-from protocol.records import CommandDone, Snapshot
+from protocol.records import AnyRecord, CommandDone, Notice, Snapshot
 from protocol.session import Key
 
 READ_RECORDS = 2048
+REFUSED = (
+    "The backend takes no more reports of this job ({reason}), so from here on none are kept for it; curve, log, "
+    "checkpoints and model stay on this machine. If the job was deleted there, cancel it here. If the backend came back "
+    "from a backup, submit it there again under the same id."
+)
 SNAPSHOT_BEHIND = 64
 """Points not acknowledged beyond which a snapshot goes first after a reconnect."""
 
@@ -57,12 +62,16 @@ class JournalUplink:
         self._dials = 0
         self._ahead = 0.0
         """Seconds by which the backend's clock is ahead of ours."""
+        self._refused: set[Key] = set()
+        """Streams that the backend takes no more of; what is added to them goes with the next acknowledgement."""
+        self._told: set[str] = set()
         self._said_again: dict[str, str] = {}
         """Tokens of jobs that have ended, for the retry that may follow: in the journal they are scrubbed."""
 
     async def hello(self) -> Hello:
         await self.before_hello()
         self._dials += 1
+        self._refused.clear()
         streams = await self._desk.ledger.journal.read(lambda rows: rows.streams())
         heads = [
             StreamHead(sid, stream.epoch, stream.scope, stream.lane, stream.first, stream.last)
@@ -111,9 +120,23 @@ class JournalUplink:
         await self._trim(key, seq)
 
     async def dropped(self, key: Key, reason: str) -> None:
-        last = self._desk.ledger.heads.pop(key, None)
-        if last:
-            await self._trim(key, last)
+        self._refused.add(key)
+        await self._trim(key, 0)
+        if not key.scope or key.scope in self._told:
+            return
+        self._told.add(key.scope)
+        try:
+            await self._desk.transact(lambda batch: self._tell_refused(batch, key.scope, reason))
+        except JournalFull as error:
+            logger.warning("job {}: {}", key.scope, error)
+
+    def _tell_refused(self, batch: Batch, job_id: str, reason: str) -> None:
+        """Have the owner read it with the job, and the backend's user with the agent."""
+        now, sentence = self._clock(), REFUSED.format(reason=reason)
+        told = Notice(now, "warning", f"Job {job_id}: {sentence}")
+        self._desk.ledger.append(batch, "", Lane.CONTROL, told)
+        if (job := self._desk.jobs.get(job_id)) is not None:
+            self._desk.take(batch, (note(job, "warning", sentence, now=now)[0], []))
 
     async def buried(self, key: Key, reason: str) -> None:
         # What is too large for the backend would be so again.
@@ -121,10 +144,13 @@ class JournalUplink:
             return
         try:
             # A schema may have been among what it will never have, and points without names are worth little.
-            schemas = await self._desk.ledger.schemas(key.scope)
-            await self._desk.append(key.scope, Lane.CONTROL, schemas)
+            again: list[AnyRecord] = [*await self._desk.ledger.schemas(key.scope)]
+            if (job := self._desk.jobs.get(key.scope)) is not None:
+                # Where it stands may have been among it, too.
+                again.append(status(job, self._clock()))
+            await self._desk.append(key.scope, Lane.CONTROL, again)
         except JournalFull as error:
-            logger.warning("the names of points of job {} cannot be said again: {}", key.scope, error)
+            logger.warning("what was lost of job {} cannot be said again: {}", key.scope, error)
 
     async def _trim(self, key: Key, seq: int, notes: Mapping[str, str] | None = None) -> None:
         job = self._desk.jobs.get(key.scope)
@@ -132,8 +158,13 @@ class JournalUplink:
         open_ = key.scope in self._desk.held or key.scope in self._desk.ledger.open_logs
         ended = job is not None and job.state in TERMINAL and not open_
 
+        heads = self._desk.ledger.heads
+        upto = {one: heads.pop(one) for one in self._refused if one in heads}
+        upto.setdefault(key, seq)
+
         def trim(tx: Tx) -> dict[int, tuple[int, int]]:
-            tx.trim(key.epoch, key.scope, key.lane, seq)
+            for one, last in upto.items():
+                tx.trim(one.epoch, one.scope, one.lane, last)
             for name, value in (notes or {}).items():
                 tx.set_meta(name, value)
             if ended:
@@ -208,8 +239,14 @@ class JournalUplink:
             )
             return
         now = self._clock()
+        self._refused = {key for key in self._refused if key.scope != message.job_id}
+        self._told.discard(message.job_id)
         if message.job_id in self._desk.jobs:
             await self._keep_token(message)
+            job = self._desk.job(message.job_id)
+            if job.state in TERMINAL and message.version <= job.observed:
+                # Its end is on its way, or was lost with a backend that comes from a backup.
+                await self._desk.append(job.job_id, Lane.CONTROL, [status(job, now)])
             try:
                 await self._desk.change(message.job_id, lambda job: desire(job, message, now=now))
             except NotPossible as error:

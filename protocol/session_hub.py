@@ -132,6 +132,10 @@ class HubSession(Base):
                 self._received[key] = -1
                 self._out.append(StreamClosed(sid, reason))
 
+    def refuses(self, scope: str) -> bool:
+        """Tell whether a stream of ``scope`` was refused on this connection."""
+        return any(key.scope == scope and received < 0 for key, received in self._received.items())
+
     def close(self, code: int, reason: str) -> None:
         """End the connection with a reason the agent can act on."""
         self._close(code, reason)

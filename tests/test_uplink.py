@@ -18,7 +18,7 @@ from agent.runtime.supervisor import Fact, Heard
 from agent.watch import Watch
 from protocol.lifecycle import JobState
 from protocol.messages import Command, Desired, Lane, Offer
-from protocol.records import CommandDone, Schema
+from protocol.records import CommandDone, LogChunk, Notice, Schema
 from protocol.session import Key
 from protocol.worker import Metrics, Numbered
 from tests.net.backend import Backend, serving
@@ -176,7 +176,10 @@ def test_the_names_of_points_are_said_again_where_they_were_lost(tmp_path: Path)
                 await uplink.buried(key, reason)
                 assert await stored(desk, "j") == []
             await uplink.buried(control, "trimmed")
-            assert await stored(desk, "j") == [schema]
+            [again, state] = await stored(desk, "j")
+            assert again == schema
+            # That it runs was among what is lost there, perhaps.
+            assert (state.state, state.attempt) == ("running", 1)
 
     anyio.run(test)
 
@@ -195,12 +198,51 @@ def test_points_that_outlived_a_start_of_the_agent_have_their_names_said_again(t
             # And again where the backup came later.
             await uplink.acked(control, 1)
             await uplink.buried(control, "trimmed")
-            assert await stored(desk, "j", epoch=EPOCH + 1) == [schema]
-            await uplink.acked(control, 2)
+            assert (await stored(desk, "j", epoch=EPOCH + 1))[0] == schema
+            await uplink.acked(control, 3)
             await uplink.acked(Key(EPOCH, "j", Lane.METRICS), 1)
         async with desk_in(tmp_path, epoch=EPOCH + 2) as desk:
             # No point is left that would need them.
             assert await stored(desk, "j", epoch=EPOCH + 2) == []
+
+    anyio.run(test)
+
+
+def test_a_backend_that_takes_a_job_for_alive_hears_of_its_end(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with desk_in(tmp_path, job(JobState.COMPLETED, observed=4)) as desk:
+            uplink = uplink_of(desk)
+            await uplink.acked(Key(EPOCH, "j", Lane.CONTROL), 1)
+            # It comes from a backup: the end was acknowledged, and is forgotten.
+            await uplink.desired(Desired("j", 2, "run", Offer("{}")))
+            [told] = await stored(desk, "j")
+            assert (told.state, told.observed) == ("completed", 4)
+
+    anyio.run(test)
+
+
+def test_the_owner_reads_that_a_backend_takes_no_more_of_a_job(tmp_path: Path) -> None:
+    async def test() -> None:
+        names = ["j", "k"]
+        async with desk_in(tmp_path, *(job(JobState.RUNNING, name, worker_pid=1) for name in names)) as desk:
+            uplink = uplink_of(desk)
+            for lane in (Lane.CONTROL, Lane.LOGS):
+                await uplink.dropped(Key(EPOCH, "j", lane), "there is no job j at this hub")
+            [note] = desk.job("j").notes
+            assert "there is no job j at this hub" in note and "submit it there again" in note
+            [told] = await stored(desk, "")
+            assert isinstance(told, Notice) and told.text.startswith("Job j: ") and note in told.text
+            assert desk.ledger.backlog[Lane.CONTROL][0] == 2
+            # What it says from here on must not fill the quota of the others.
+            await desk.append("j", Lane.LOGS, [LogChunk(1.0, 1, 0, ["x" * 1000])])
+            await desk.append("j", Lane.CONTROL, [Notice(1.0, "info", "a")])
+            await uplink.acked(Key(EPOCH, "k", Lane.CONTROL), 1)
+            await uplink.acked(Key(EPOCH, "", Lane.CONTROL), 1)
+            assert [desk.ledger.backlog[lane] for lane in Lane] == [[0, 0]] * 3
+            # The next connection asks again.
+            await desk.append("j", Lane.CONTROL, [Notice(1.0, "info", "b")])
+            await uplink.dropped(Key(EPOCH, "j", Lane.CONTROL), "there is no job j at this hub")
+            assert len(desk.job("j").notes) == 1
 
     anyio.run(test)
 

@@ -89,6 +89,12 @@ class Connection:
 
     def say(self, message: Desired | Command) -> None:
         """Send soon."""
+        if isinstance(message, Desired) and self._session.refuses(message.job_id):
+            # Refused before it was submitted here again. A refusal holds as long as its connection.
+            self.close(
+                Close.DRAIN, f"job {message.job_id} is known here again: dial, and its streams are taken"
+            )
+            return
         self._session.say(message)
         self._wake.set()
 

@@ -8,9 +8,10 @@ import httpx
 import msgspec
 
 from protocol.failures import FailureReason, failure
+from protocol.messages import JobSeen
 from protocol.records import Checkpoint, CommandDone, JobEstimate, JobStatus, ResumeCheck
 from protocol.worker import Estimate
-from tests.hub.support import HubProcess, adjust, an_agent, job_path, report, status_of, submit
+from tests.hub.support import HubProcess, adjust, an_agent, curve_of, job_path, report, status_of, submit
 
 
 def post(client: httpx.Client, job_id: str, tail: str, body: dict[str, Any]) -> httpx.Response:
@@ -114,5 +115,30 @@ def test_what_was_estimated_and_checked_is_kept(hub: HubProcess, client: httpx.C
             "detail": "Bad luck.",
             "text": "Steps 5 to 6 replayed: they differ by 0.25. Bad luck.",
         }
+
+    anyio.run(main)
+
+
+def test_a_job_that_the_hub_forgot_is_taken_up_where_it_is_submitted_again(
+    hub: HubProcess, client: httpx.Client
+) -> None:
+    async def main() -> None:
+        agent = an_agent(hub)
+        job_id = f"{agent.agent_id}-job"
+        async with agent.connected():
+            # What it took before the backup was made that this hub comes from.
+            report(agent, job_id, range(1, 3))
+            await agent.until_acked()
+            assert set(agent.dropped.values()) == {f"there is no job {job_id} at this hub"}
+            assert submit(client, job_id=job_id)[0] == job_id
+            code, reason = await agent.until_closed()
+            assert (code, job_id in reason) == (4000, True)
+        agent.dropped.clear()
+        agent.jobs = [JobSeen(job_id, 1, "running", 7)]
+        async with agent.connected():
+            await agent.until_acked()
+        assert not agent.dropped
+        assert status_of(client, job_id)["status"] == "running"
+        assert [point["step"] for point in curve_of(client, job_id)] == [1, 2]
 
     anyio.run(main)
