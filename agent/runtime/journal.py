@@ -9,18 +9,21 @@ import queue
 import shutil
 import sqlite3
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from agent.runtime.journal_room import ROOM, attempt, is_full, not_written, says_full
 from agent.runtime.journal_schema import (
     JournalError,
     JournalFull,
     JournalInUse,
+    JournalRefused,
     JournalTooNew,
     connect,
-    is_full,
+    told,
 )
 from agent.runtime.journal_tables import Point, Reader, Stream, Tx
 
@@ -29,6 +32,7 @@ __all__ = [
     "JournalError",
     "JournalFull",
     "JournalInUse",
+    "JournalRefused",
     "JournalTooNew",
     "Point",
     "Reader",
@@ -40,6 +44,9 @@ T = TypeVar("T")
 
 BALLAST_BYTES = 512 << 10
 MAX_BATCH = 512
+ROOM_EVERY = 2.0
+"""Seconds between two tries for room that fail: each writes `ROOM` bytes, which a busy agent would otherwise do with
+each change for as long as a quota is full; and whoever has made room sees the jobs go on at once."""
 SHRINK_PAGES = 4096
 """Free pages inside the file beyond which they are given back to the disk."""
 
@@ -62,6 +69,8 @@ class Journal:
         self._db = connection
         self._ballast = path.with_name(path.name + ".ballast")
         self._scrub = False
+        self._try_at = 0.0
+        """When the next try for room is due, by the monotonic clock."""
         self._closed = False
         self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
@@ -130,20 +139,32 @@ class Journal:
             return self._transaction(tasks)
         except sqlite3.Error as exc:
             self._roll_back()
-            if not is_full(exc):
-                return [(task, None, exc) for task in tasks]
-        # The ballast makes room for deletes and for the little that tells of the trouble. One by one,
-        # so that what does not fit does not take the rest with it.
-        self.full = True
-        self._ballast.unlink(missing_ok=True)
+            error = self._judge(exc)
+            elsewhere = isinstance(error, JournalRefused) and error.elsewhere
+            if not (elsewhere or isinstance(error, JournalFull)):
+                return [(task, None, error) for task in tasks]
+        # One by one, so that what does not fit, or lies on a bad block, does not take the rest with it.
         outcomes: list[_Outcome] = []
         for task in tasks:
             try:
                 outcomes += self._transaction([task])
             except sqlite3.Error as exc:
                 self._roll_back()
-                outcomes.append((task, None, JournalFull(self.path) if is_full(exc) else exc))
+                outcomes.append((task, None, self._judge(exc)))
         return outcomes
+
+    def _judge(self, exc: sqlite3.Error) -> sqlite3.Error | JournalError:
+        """Return what the caller is told of an error; a full disk begins the full state."""
+        if not not_written(exc):
+            return exc
+        # Once it is full, each try for room judges it anew.
+        error = JournalFull(self.path) if self.full or is_full(exc) else told(exc, self.path)
+        error.__cause__ = exc
+        if isinstance(error, JournalFull) and not self.full:
+            # The ballast makes room for deletes and for the little that tells of the trouble.
+            self.full = True
+            self._ballast.unlink(missing_ok=True)
+        return error
 
     def _transaction(self, tasks: list[_Task]) -> "list[_Outcome]":
         """Apply ``tasks`` in one commit. Raises for what spoils all of them."""
@@ -155,7 +176,7 @@ class Journal:
             try:
                 outcomes.append((task, task.run(tx), None))
             except Exception as exc:  # the caller's, and raised there
-                if isinstance(exc, sqlite3.Error) and is_full(exc):
+                if isinstance(exc, sqlite3.Error) and not_written(exc):
                     raise
                 self._db.execute("ROLLBACK TO change")
                 outcomes.append((task, None, exc))
@@ -177,7 +198,8 @@ class Journal:
 
     def _tidy(self) -> None:
         """Give free pages back when they are many or the disk is full; leave the full state once it is over."""
-        try:
+        # Where there is no room even for this, nothing depends on it, and it is tried again after the next change.
+        with suppress(sqlite3.Error):
             free = self._db.execute("PRAGMA freelist_count").fetchone()[0]
             if free > (0 if self.full else SHRINK_PAGES):
                 # execute() would stop after one page.
@@ -186,29 +208,24 @@ class Journal:
             if self._scrub or self.full:
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                 self._scrub = False
+        with suppress(OSError):
             if self.full or not self._ballast.exists():
                 self._fill_ballast()
-        except (sqlite3.Error, OSError):
-            # No room even to tidy up. Nothing depends on it, and it is tried again after the next change.
-            return
 
     def _fill_ballast(self) -> None:
         """Make the ballast if the disk has room for it several times over; that also ends the full state."""
-        if shutil.disk_usage(self.path.parent).free < 4 * BALLAST_BYTES:
+        if time.monotonic() < self._try_at or shutil.disk_usage(self.path.parent).free < ROOM:
             return
         if not self._ballast.exists():
-            part = self._ballast.with_suffix(".part")
+            part = self.path.with_name(self.path.name + ".part")
             try:
-                with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                    # Random, since some file systems store no zeros.
-                    file.write(os.urandom(4 * BALLAST_BYTES if self.full else BALLAST_BYTES))
-                    file.flush()
-                    if self.full:
-                        # What a quota leaves is known only by writing it, and over a network by syncing it.
-                        os.fsync(file.fileno())
-                        file.truncate(BALLAST_BYTES)
+                attempt(self.path, part, ROOM if self.full else BALLAST_BYTES)
+                os.truncate(part, BALLAST_BYTES)
                 part.rename(self._ballast)
-            except OSError:
+            except OSError as refused:
+                self._try_at = time.monotonic() + ROOM_EVERY
+                # A disk that broke meanwhile is not told as full: the next change that it refuses says what it is.
+                self.full = self.full and says_full(refused)
                 part.unlink(missing_ok=True)
                 raise
         self.full = False

@@ -2,9 +2,11 @@
 
 import os
 import sqlite3
+from contextlib import suppress
 from pathlib import Path
 
 from agent.errors import AgentError, Exit
+from agent.runtime.journal_room import attempt, code_of, is_full, not_written, says_full
 
 BUSY_SECONDS = 1.0
 
@@ -79,6 +81,44 @@ class JournalFull(JournalError):
         self.path = path
 
 
+class JournalRefused(JournalError):
+    """The disk under the journal takes no writes, for a reason that room does not cure."""
+
+    def __init__(self, path: Path, refused: OSError | None) -> None:
+        why = (
+            refused.strerror
+            if refused is not None
+            else "it took as much beside the journal, and nothing there"
+        )
+        super().__init__(
+            f"the disk of {path} refuses writes: {why}. It may be failing, mounted read-only or gone. "
+            "Look into the system's log (dmesg), mend or replace it, and start the agent again; what is stored "
+            "there was left as it is."
+        )
+        self.path = path
+        self.elsewhere = refused is None
+        """The folder takes writes, only the journal's own files do not: another try may do."""
+
+
+def told(exc: sqlite3.Error, path: Path) -> "JournalFull | JournalRefused":
+    """Say what a write that failed means. For SQLite a broken disk and a full quota are one, so it is tried here.
+
+    Only what an attempt is refused for tells them apart: under a quota the file system shows free space. Where it is
+    not refused, a limit is no reason any more, and calling the disk full would have the agent wait for ever.
+    """
+    if is_full(exc):
+        return JournalFull(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        attempt(path, part)
+    except OSError as refused:
+        return JournalFull(path) if says_full(refused) else JournalRefused(path, refused)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+    return JournalRefused(path, None)
+
+
 def connect(path: Path) -> tuple[sqlite3.Connection, Path | None]:
     """Open the journal at ``path`` and bring it to `VERSION`.
 
@@ -92,21 +132,6 @@ def connect(path: Path) -> tuple[sqlite3.Connection, Path | None]:
             raise
     aside = _move_aside(path)
     return _connect(path), aside
-
-
-def code_of(exc: sqlite3.Error) -> int:
-    """Return SQLite's primary result code; 0 where the error is the Python module's own."""
-    return getattr(exc, "sqlite_errorcode", 0) & 0xFF
-
-
-def is_full(exc: sqlite3.Error) -> bool:
-    """Tell whether there was no room to write.
-
-    Only a full disk is one to SQLite; a full quota (EDQUOT) and a file as large as it may be (EFBIG) are to it
-    errors of writing.
-    """
-    written = getattr(exc, "sqlite_errorcode", 0) == sqlite3.SQLITE_IOERR_WRITE
-    return written or code_of(exc) == sqlite3.SQLITE_FULL
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -140,8 +165,8 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection.close()
         if code_of(exc) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise JournalInUse(path) from exc
-        if is_full(exc):
-            raise JournalFull(path) from exc
+        if not_written(exc):
+            raise told(exc, path) from exc
         raise
     except JournalError:
         connection.close()

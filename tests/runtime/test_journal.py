@@ -17,7 +17,7 @@ from agent.runtime.journal import (
     Reader,
     Tx,
 )
-from tests.support.journals import with_journal
+from tests.support.journals import begin_full, until_room, with_journal
 
 
 @pytest.fixture
@@ -263,10 +263,8 @@ def test_a_limit_that_is_no_full_disk_is_waited_for_as_one(path: Path) -> None:
                 await journal.write(lambda tx: tx.append("agent", 1, b"x" * 50_000))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        # It looks after each question; the second waits for that.
-        for _ in range(2):
-            await journal.read(Reader.epoch)
-        assert (was_full, journal.full) == (True, False)
+        assert was_full
+        await until_room(journal)
         assert await journal.write(lambda tx: tx.append("agent", 1, b"x" * 50_000)) == stored + 1
 
     with_journal(path, use)
@@ -277,11 +275,10 @@ def test_room_is_known_only_by_writing_it_and_an_attempt_leaves_nothing(path: Pa
     async def use(journal: Journal) -> None:
         await journal.write(lambda tx: tx.set_epoch(7))
         ballast = path.with_name(path.name + ".ballast")
-        ballast.unlink()
-        journal.full = True
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2 * BALLAST_BYTES, before[1]))
         try:
+            await begin_full(journal)
             for _ in range(3):
                 await journal.read(Reader.epoch)
             # On the journal's thread, between two attempts.
@@ -290,8 +287,7 @@ def test_room_is_known_only_by_writing_it_and_an_attempt_leaves_nothing(path: Pa
             assert journal.full
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        for _ in range(2):
-            await journal.read(Reader.epoch)
+        await until_room(journal)
         assert ballast.stat().st_size == BALLAST_BYTES
 
     with_journal(path, use)

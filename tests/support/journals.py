@@ -5,7 +5,7 @@ from pathlib import Path
 
 import anyio
 
-from agent.runtime.journal import Journal
+from agent.runtime.journal import Journal, Reader
 
 
 def with_journal(path: Path, use: Callable[[Journal], Awaitable[None]]) -> None:
@@ -19,3 +19,20 @@ def with_journal(path: Path, use: Callable[[Journal], Awaitable[None]]) -> None:
             await journal.close()
 
     anyio.run(main)
+
+
+async def begin_full(journal: Journal) -> None:
+    """Put the journal into the state of a full disk, between two of its looks whether it still is."""
+
+    def begin(_: Reader) -> None:
+        journal.path.with_name(journal.path.name + ".ballast").unlink()
+        journal.full = True
+
+    await journal.read(begin)
+
+
+async def until_room(journal: Journal) -> None:
+    """Ask until a try for room has found some; it is made after a question."""
+    with anyio.fail_after(30):
+        while journal.full:
+            await journal.read(Reader.epoch)
