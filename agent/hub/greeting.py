@@ -54,6 +54,12 @@ def greet(db: Db, hello: Hello, keys: list[Key], now: float, connected: bool) ->
     agent.bye, agent.bye_until = "", 0.0
     save_agent(db, agent)
     answer = Greeting()
+    for scope in {key.scope for key in keys} | {seen.job_id for seen in hello.jobs}:
+        job = find_job(db, scope)
+        if job is not None and job.agent_id is None and job.live:
+            # Submitted again to a hub that comes from a backup: who has it already goes on, and what it holds is kept.
+            job.agent_id = agent.id
+            save_job(db, job)
     for key in keys:
         try:
             owned(db, agent.id, key.scope)

@@ -142,3 +142,26 @@ def test_a_job_that_the_hub_forgot_is_taken_up_where_it_is_submitted_again(
         assert [point["step"] for point in curve_of(client, job_id)] == [1, 2]
 
     anyio.run(main)
+
+
+def test_a_job_submitted_again_while_its_agent_was_away_is_given_to_that_agent(
+    hub: HubProcess, client: httpx.Client
+) -> None:
+    async def main() -> None:
+        agent, other = an_agent(hub), an_agent(hub)
+        job_id = f"{agent.agent_id}-job"
+        assert submit(client, job_id=job_id)[0] == job_id
+        report(agent, job_id, range(1, 3))
+        agent.jobs = [JobSeen(job_id, 1, "running", 7)]
+        async with agent.connected(), other.connected():
+            await agent.until_acked()
+            await agent.until_wanted(job_id)
+            assert not agent.dropped and job_id not in other.desired
+        assert [point["step"] for point in curve_of(client, job_id)] == [1, 2]
+        # Only what nobody has.
+        other.add(JobStatus(time.time(), 1, "failed"), job_id)
+        async with other.connected():
+            await other.until_acked()
+            assert "is not a job of" in next(iter(other.dropped.values()))
+
+    anyio.run(main)
