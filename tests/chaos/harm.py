@@ -1,5 +1,6 @@
 """What is done to a run, and when."""
 
+import contextlib
 import errno
 import random
 import shutil
@@ -187,10 +188,17 @@ def leave_half(rng: random.Random, checkpoints: Path, prefix: str) -> str:
     return half.name
 
 
+def _size_of_the_last(checkpoints: Path) -> int:
+    """Return the bytes of what was written last. The run goes on meanwhile, and may be deleting what is looked at."""
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            last = max(checkpoints.iterdir(), key=lambda path: path.stat().st_mtime)
+            return sum(file.stat().st_size for file in _files(last)) if last.is_dir() else 0
+
+
 def fill(checkpoints: Path, rng: random.Random) -> None:
     """Fill the disk, but for less than a checkpoint."""
-    last = max(checkpoints.iterdir(), key=lambda path: path.stat().st_mtime)
-    size = sum(file.stat().st_size for file in _files(last)) if last.is_dir() else 0
+    size = _size_of_the_last(checkpoints)
     with (checkpoints.parent / BALLAST).open("wb", buffering=0) as file:
         try:
             while True:
