@@ -241,12 +241,13 @@ def answered(db: Db, agent_id: str, done: CommandDone, now: float, job: Job | No
     row = db.execute(
         "SELECT job, kind FROM commands WHERE id=? AND agent_id=? AND status=''", (done.command_id, agent_id)
     ).fetchone()
-    if row is None:
+    if row is None or (job is not None and row[0] != job.id):
+        # A job's token opens that job alone: the stream of one answers no command of another.
         return
     db.execute(
         "UPDATE commands SET status=?, detail=? WHERE id=?", (done.status, done.detail, done.command_id)
     )
-    owner = job if job is not None and job.id == row[0] else find_job(db, row[0])
+    owner = job or find_job(db, row[0])
     if owner is None or done.status == "done":
         return
     words = {"refused": "was refused", "expired": "came too late", "unknown": "may not have been carried out"}

@@ -7,15 +7,21 @@ import anyio
 import httpx
 import msgspec
 
+from protocol.codec import encode_record
 from protocol.failures import FailureReason, failure
 from protocol.messages import JobSeen
 from protocol.records import Checkpoint, CommandDone, JobEstimate, JobStatus, ResumeCheck
 from protocol.worker import Estimate
 from tests.hub.support import HubProcess, adjust, an_agent, curve_of, job_path, report, status_of, submit
+from tests.support.scripted_agent import machine
 
 
 def post(client: httpx.Client, job_id: str, tail: str, body: dict[str, Any]) -> httpx.Response:
     return client.post(job_path(job_id, tail), json=body)
+
+
+def append(client: httpx.Client, job_id: str, headers: dict[str, str], body: bytes) -> httpx.Response:
+    return client.patch(job_path(job_id, "status"), headers=headers, content=body)
 
 
 def test_the_users_word_goes_with_a_resume_and_a_retry_and_is_spent(
@@ -163,5 +169,35 @@ def test_a_job_submitted_again_while_its_agent_was_away_is_given_to_that_agent(
         async with other.connected():
             await other.until_acked()
             assert "is not a job of" in next(iter(other.dropped.values()))
+
+    anyio.run(main)
+
+
+def test_a_jobs_stream_answers_no_command_of_another_job(hub: HubProcess, client: httpx.Client) -> None:
+    async def main() -> None:
+        agent = an_agent(hub, box=machine(at_once=2))
+        async with agent.connected():
+            (one, token), (other, _) = submit(client), submit(client)
+            await agent.until_wanted(one)
+            await agent.until_wanted(other)
+            agent.add(JobStatus(time.time(), 1, "failed"), other)
+            await agent.until_acked()
+            assert post(client, other, "control", {"action": "retry"}).status_code == 200
+            await agent.until(lambda: bool(agent.commands))
+            done = CommandDone(time.time(), agent.commands[0].command_id, "refused", "No.")
+            headers = {
+                "Authorization": f"Bearer {token}",
+                "Content-Type": "application/msgpack",
+                "X-Stream": "5/0",
+                "X-Range": "1-1",
+            }
+            body = msgspec.msgpack.encode([msgspec.Raw(encode_record(done))])
+            answer = append(client, one, headers, body)
+            assert (answer.status_code, answer.json()["ack"]) == (200, 1)
+            assert status_of(client, other)["state"] == "queued"
+            # In its own it does, and in the agent's.
+            agent.add(done, other)
+            await agent.until_acked()
+            assert status_of(client, other)["state"] == "failed"
 
     anyio.run(main)
