@@ -12,6 +12,8 @@ from protocol.lifecycle import JobState
 
 JOBS = "/api/training/local/jobs"
 METRICS = "/api/training/local/metrics"
+PREDICTIONS = "/api/training/local/predictions"
+PREDICTIONS_OF = "/api/training/predictions/{job_id}"
 AGENTS = "/api/training/agents"
 POLL = "/api/training/agent/poll"
 CLAIM = "/api/training/agent/claim/{job_id}"

@@ -1,5 +1,8 @@
 """Why a trainer failed or ended, with what was seen at the time and advice in this job's own figures."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import msgspec
 
 from agent.core import xid
@@ -222,3 +225,20 @@ def _calmer(job: Job, spec: JobSpec, evidence: Evidence) -> str:
             'With training.on_bad_loss "rewind" the job goes back to its last checkpoint and skips them.'
         )
     return " ".join(said)
+
+
+def without_effect(config: Mapping[str, Any]) -> list[str]:
+    """Return the paths of what a good ``config`` asks for and this agent does not do."""
+    training = config.get("training") or {}
+    asked = {
+        "predictions": config.get("predictions"),
+        "tensorboard": config.get("tensorboard"),
+        "training.distributed": training.get("distributed"),
+        "training.checkpoint_resume": training.get("checkpoint_resume") or config.get("checkpoint_resume"),
+    }
+    return [path for path, part in asked.items() if isinstance(part, Mapping) and _is_on(part)]
+
+
+def _is_on(part: Mapping[str, Any]) -> bool:
+    gpus = part.get("num_gpus")
+    return bool(part.get("enabled")) or (isinstance(gpus, int) and gpus > 1)

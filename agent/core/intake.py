@@ -5,7 +5,9 @@ from typing import assert_never
 
 import msgspec
 
+from agent.core.control import parsed
 from agent.core.effects import Effect, Report
+from agent.core.explain import without_effect
 from agent.core.job import Job, fresh, lost, note, react, report, rest
 from protocol.failures import Evidence, Failure, FailureReason
 from protocol.lifecycle import HAS_WORKER, TERMINAL, JobState, Trigger
@@ -185,6 +187,7 @@ def _followed(wanted: Parameters, parameters: Parameters) -> Parameters:
 
 
 def _ready(job: Job, event: Ready, now: float) -> tuple[Job, list[Effect]]:
+    first = not job.facts
     job = msgspec.structs.replace(
         job,
         step=event.start_step,
@@ -217,6 +220,10 @@ def _ready(job: Job, event: Ready, now: float) -> tuple[Job, list[Effect]]:
         event.facts,
     )
     job, effects = react(job, Trigger.WORKER_READY, now=now)
+    if first and (asked := without_effect(parsed(job.config))):
+        text = f"Asked for in the job's config, and not done by this agent: {', '.join(asked)}."
+        job, told = note(job, "warning", text, now=now)
+        effects = [*effects, told]
     return job, [_control(job, facts), *effects]
 
 

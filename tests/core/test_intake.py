@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from agent.core.effects import Effect, EndWorker, Report
@@ -254,3 +255,22 @@ def test_the_end_of_a_process_whose_job_went_on_without_it_is_no_news(state: Job
 def test_the_end_of_an_older_attempt_is_no_news() -> None:
     old = job()
     assert gone(old, 1, left="", why="x", now=NOW) == (old, [])
+
+
+def test_what_the_config_asks_for_in_vain_is_told_once() -> None:
+    ready = EVENTS["Ready"]
+    config = (
+        '{"predictions": {"enabled": true, "sample_count": 5}, "tensorboard": {"enabled": false},'
+        ' "training": {"distributed": {"num_gpus": 2}, "checkpoint_resume": null}}'
+    )
+    waiting = Job(job_id="j", config=config, state=S.PREPARING, attempt=2)
+    new, records, _ = after(ready, waiting)
+    (told,) = [record for record in records if isinstance(record, Notice)]
+    assert (
+        told.text
+        == "Asked for in the job's config, and not done by this agent: predictions, training.distributed."
+    )
+    assert new.notes == [told.text]
+    again = msgspec.structs.replace(new, state=S.PREPARING, attempt=3, heard=0)
+    assert not [record for record in after(ready, again)[1] if isinstance(record, Notice)]
+    assert not after(ready, msgspec.structs.replace(waiting, config="{}"))[0].notes
