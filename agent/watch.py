@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -32,6 +33,8 @@ PLACE = "log:"
 """Begins the name under which the journal has the byte up to which a job's log was sent."""
 LOG_EVERY = 1.0
 """Seconds between looks at the logs of running jobs."""
+HELLO_WAITS = 3.0
+"""Seconds that HELLO waits for the GPU driver: less than a backend waits for HELLO, more than a sound driver takes."""
 GPU_FREE_WITHIN = 15.0
 """Seconds in which a dead process's memory must have left the device."""
 
@@ -57,6 +60,9 @@ class Watch:
         """Take stock of the machine, once."""
         async with self._looking:
             if self.inventory is None:
+                # Not in a worker thread: the process would wait for that at its end.
+                while not devices.driver_settled():  # noqa: ASYNC110 - a thread of its own opens it
+                    await anyio.sleep(0.01)
                 self.inventory = await anyio.to_thread.run_sync(devices.inventory, self._paths)
                 if self.inventory.gpu_problem:
                     logger.warning("{}", self.inventory.gpu_problem)
@@ -74,8 +80,17 @@ class Watch:
         return chosen or [str(gpu.index) for gpu in gpus] or ["cpu"]
 
     async def machine(self) -> Machine:
-        """Return what HELLO tells of the machine; the owner may keep its name back."""
-        seen = await self.look()
+        """Return what HELLO tells of the machine; the owner may keep its name back.
+
+        A driver that is slow or hangs is not waited for: the link comes first, and the next HELLO names the GPUs.
+        """
+        seen: devices.Inventory | None = None
+        with anyio.move_on_after(HELLO_WAITS):
+            seen = await self.look()
+        if seen is None:
+            logger.warning("the GPU driver is slow to answer; the backend is greeted without its cards")
+            known = partial(devices.inventory, self._paths, within=0.0)
+            seen = await anyio.to_thread.run_sync(known, abandon_on_cancel=True)
         return Machine(
             hostname=seen.hostname if self._settings.share_hostname else "",
             platform=seen.platform,
@@ -107,7 +122,8 @@ class Watch:
 
     async def send_figures(self) -> None:
         """Report GPU, CPU, memory, disk and network at their own interval, for ever."""
-        sampler = devices.Sampler(self._paths)
+        await self.look()
+        sampler = await anyio.to_thread.run_sync(devices.Sampler, self._paths)
         while True:
             await anyio.sleep(self._settings.gpu_monitoring_interval_seconds)
             try:

@@ -211,14 +211,14 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     """NVML of a machine with two cards; its events are the real library's structs."""
     made = Driver()
     monkeypatch.setitem(sys.modules, "pynvml", made)
-    devices._nvml.cache_clear()
+    devices._start.cache_clear()
     return made
 
 
 @pytest.fixture(autouse=True)
 def _forget_nvml() -> Any:
     yield
-    devices._nvml.cache_clear()
+    devices._start.cache_clear()
 
 
 CARDS = [Gpu(0, "Card", 24.0, "GPU-100"), Gpu(1, "Card", 24.0, "GPU-101")]

@@ -1,13 +1,19 @@
 """What jobs print on its way to the backend: read once, by one at a time, and what is left out is told."""
 
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import anyio
 import msgspec
+import pynvml
 import pytest
 
 from agent.core.job import Job
 from agent.desk import JobDesk
+from agent.runtime import devices
 from agent.runtime.journal import JournalFull, Tx
 from agent.runtime.redact import Redactor
 from agent.watch import Watch
@@ -15,6 +21,60 @@ from protocol.lifecycle import JobState
 from protocol.messages import Lane
 from protocol.records import LogChunk
 from tests.support.desks import EPOCH, desk_in, job, settings, stored
+
+
+@pytest.fixture
+def hung(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """A driver of a card that answers nothing until this is set, and then that there is no card."""
+    driver, answering = ModuleType("pynvml"), threading.Event()
+
+    def init() -> None:
+        answering.wait()
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH)
+
+    driver.nvmlInit = init  # type: ignore[attr-defined]
+    for name in ("NVMLError", "NVMLError_LibraryNotFound", "NVMLError_DriverNotLoaded"):
+        setattr(driver, name, getattr(pynvml, name))
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    devices._start.cache_clear()
+    yield answering
+    answering.set()
+    devices._start.cache_clear()
+
+
+def test_hello_does_not_wait_for_a_driver_that_hangs(
+    tmp_path: Path, hung: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.watch.HELLO_WAITS", 0.1)
+
+    async def test() -> None:
+        async with desk_in(tmp_path) as desk, anyio.create_task_group() as group:
+            watch = Watch(desk, settings(tmp_path), Redactor())
+            ticks = 0
+
+            async def tick() -> None:
+                nonlocal ticks
+                while True:
+                    await anyio.sleep(0.01)
+                    ticks += 1
+
+            group.start_soon(watch.send_figures)
+            group.start_soon(watch.look)
+            group.start_soon(tick)
+            for _ in range(2):
+                with anyio.fail_after(20):
+                    machine = await watch.machine()
+            assert machine.gpus == []
+            assert machine.cpu and machine.ram_gb > 0 and machine.disk_total_gb > 0
+            # Who starts jobs still waits for the driver, and nobody blocks the others meanwhile.
+            assert watch.inventory is None
+            assert ticks > 0
+            hung.set()
+            with anyio.fail_after(20):
+                assert "restart of the machine" in (await watch.look()).gpu_problem
+            group.cancel_scope.cancel()
+
+    anyio.run(test)
 
 
 def log_in(folder: Path, text: str) -> Path:

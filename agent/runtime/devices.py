@@ -4,11 +4,13 @@ Both libraries are imported at first use: the agent dials before it looks at the
 """
 
 import platform
+import queue
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ GIB = 1 << 30
 MEGABYTE = 1_000_000
 NVML_WITHIN = 60.0
 """Seconds in which the driver must have opened all cards: a machine with eight may take a while."""
+ANSWER_WITHIN = 5.0
+"""Seconds in which an open driver must answer; one that does not is not asked again before it has."""
 
 
 class Inventory(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,11 +55,14 @@ class GpuFault(msgspec.Struct, frozen=True):
     xid: int
 
 
-def inventory(paths: Sequence[Path]) -> Inventory:
-    """Look at the machine once; ``paths`` are the folders that jobs write to."""
+def inventory(paths: Sequence[Path], within: float | None = None) -> Inventory:
+    """Look at the machine once; ``paths`` are the folders that jobs write to.
+
+    The driver is waited for `NVML_WITHIN`, or ``within`` these seconds; without it no GPU is seen.
+    """
     import psutil
 
-    nvml = _nvml()
+    nvml = _nvml(within)
     total, free = _fullest_disk(paths)
     links = [link.isup for link in psutil.net_if_stats().values()]
     return Inventory(
@@ -72,6 +79,12 @@ def inventory(paths: Sequence[Path]) -> Inventory:
         gpu_problem=nvml.problem,
         network={"up": str(sum(links)), "down": str(len(links) - sum(links))},
     )
+
+
+def driver_settled() -> bool:
+    """Begin to open the driver; tell whether it is open, or will not be waited for any longer."""
+    nvml = _start()
+    return nvml.opened.is_set() or time.monotonic() >= nvml.due
 
 
 def gpu_pids() -> set[int]:
@@ -176,16 +189,41 @@ class Sampler:
 
 
 class _Nvml:
-    """NVML, or its absence (no GPU). A question that a card does not support is answered with None."""
+    """NVML, or its absence (no GPU). A question that a card does not support is answered with None.
+
+    A broken driver may hang in any call for ever. All of them are made on one thread that the process does not wait
+    for at its end, as it would for a worker thread: the event loop, and whoever asks, wait for it only so long.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self.opened = threading.Event()
+        self.due = time.monotonic() + NVML_WITHIN
+        """Until when it is waited for; one that opens later stays closed, since jobs have begun without it."""
+        self._calls: queue.SimpleQueue[tuple[Future[Any], str, tuple[Any, ...]]] = queue.SimpleQueue()
+        self._hanging: Future[Any] | None = None
+        self._thread = threading.Thread(target=self._serve, name="nvml", daemon=True)
         self.problem = ""
         self.gpus: list[Gpu] = []
         self._handles: list[Any] = []
         self._events: Any = None
 
-    def open(self) -> None:
+    def start(self) -> None:
+        self._thread.start()
+
+    def _serve(self) -> None:
+        self._open()
+        if time.monotonic() >= self.due:
+            return
+        self.opened.set()
+        while True:
+            answer, function, args = self._calls.get()
+            try:
+                answer.set_result(self._call(function, *args))
+            except Exception as exc:  # noqa: BLE001 - it is the caller's, and is raised there
+                answer.set_exception(exc)
+
+    def _open(self) -> None:
         """Find the driver and its cards."""
         try:
             import pynvml
@@ -258,6 +296,19 @@ class _Nvml:
         self._events = events
 
     def _ask(self, function: str, *args: Any) -> Any:
+        if threading.current_thread() is self._thread:
+            return self._call(function, *args)
+        if self._hanging is not None and not self._hanging.done():
+            return None
+        answer: Future[Any] = Future()
+        self._calls.put((answer, function, args))
+        try:
+            return answer.result(ANSWER_WITHIN)
+        except TimeoutError:
+            self._hanging = answer
+            return None
+
+    def _call(self, function: str, *args: Any) -> Any:
         # An old driver lacks functions, a card lacks sensors, a broken card answers nothing at all.
         try:
             return getattr(self._lib, function)(*args)
@@ -266,23 +317,25 @@ class _Nvml:
 
 
 @cache
-def _nvml() -> _Nvml:
-    """Return this process's NVML: it is initialised once per process.
+def _start() -> _Nvml:
+    """Begin to open this process's NVML: it is initialised once per process."""
+    nvml = _Nvml()
+    nvml.start()
+    return nvml
 
-    A broken driver may hang in that for ever, and the link waits for the machine's description; the thread is left.
-    """
-    nvml = _Nvml()
-    opening = threading.Thread(target=nvml.open, name="nvml", daemon=True)
-    opening.start()
-    opening.join(NVML_WITHIN)
-    if not opening.is_alive():
+
+def _nvml(within: float | None = None) -> _Nvml:
+    """Return this process's NVML once it is open; one without cards where that takes too long."""
+    nvml = _start()
+    left = max(0.0, nvml.due - time.monotonic())
+    if nvml.opened.wait(left if within is None else min(left, within)):
         return nvml
-    nvml = _Nvml()
-    nvml.problem = (
+    absent = _Nvml()
+    absent.problem = (
         f"The NVIDIA driver has not answered for {NVML_WITHIN:g} s. Jobs run without a GPU until that is solved and "
         "the agent is started again; a restart of the machine often does it."
     )
-    return nvml
+    return absent
 
 
 def free_disk(paths: Sequence[Path]) -> int:

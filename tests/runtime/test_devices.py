@@ -2,6 +2,7 @@ import ctypes
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -83,9 +84,9 @@ class Driver(ModuleType):
 
 @pytest.fixture(autouse=True)
 def fresh_nvml() -> Iterator[None]:
-    devices._nvml.cache_clear()
+    devices._start.cache_clear()
     yield
-    devices._nvml.cache_clear()
+    devices._start.cache_clear()
 
 
 def use(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Driver:
@@ -187,6 +188,72 @@ def test_a_driver_that_never_answers_is_told_and_hangs_nothing(
         assert free_memory(0) is None
     finally:
         never.set()
+
+
+def test_a_driver_that_stops_answering_holds_nobody_for_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(devices, "ANSWER_WITHIN", 0.2)
+    driver, answering, asked = use(Driver(), monkeypatch), threading.Event(), []
+    sampler = Sampler([tmp_path])
+    assert free_memory(0) == 18 * GIB
+
+    def hang(handle: int) -> Any:
+        asked.append(handle)
+        answering.wait()
+        return SimpleNamespace(total=24 * GIB, used=6 * GIB, free=18 * GIB)
+
+    driver.answers["DeviceGetMemoryInfo"] = hang
+    try:
+        # Once it has hung it is not asked again before it has answered.
+        assert [free_memory(0), free_memory(1)] == [None, None]
+        assert not any(name.startswith("gpu") for name in sampler.sample())
+        assert gpu_pids() == set()
+        assert asked == [100]
+    finally:
+        answering.set()
+    deadline = time.monotonic() + 20
+    while free_memory(1) != 18 * GIB:
+        assert time.monotonic() < deadline
+
+
+HUNG = """
+import sys, time, threading
+from types import ModuleType
+from pathlib import Path
+import anyio, anyio.to_thread
+from agent.runtime import devices
+
+driver = ModuleType("pynvml")
+driver.nvmlInit = lambda: threading.Event().wait() if sys.argv[1] == "opening" else None
+driver.nvmlDeviceGetCount = lambda: 1
+driver.nvmlEventTypeXidCriticalError = 8
+class Error(Exception): ...
+driver.NVMLError = driver.NVMLError_LibraryNotFound = driver.NVMLError_DriverNotLoaded = Error
+def fail(*args):
+    raise Error()
+driver.__getattr__ = lambda name: (lambda index: index) if name == "nvmlDeviceGetHandleByIndex" else fail
+sys.modules["pynvml"] = driver
+
+async def main():
+    with anyio.move_on_after(1):
+        await anyio.to_thread.run_sync(devices.free_memory, 0, abandon_on_cancel=True)
+
+devices.NVML_WITHIN, devices.ANSWER_WITHIN = 2, 2
+if sys.argv[1] == "asking":
+    devices.faults()
+    driver.nvmlDeviceGetMemoryInfo = lambda handle: threading.Event().wait()
+anyio.run(main)
+print("left")
+"""
+
+
+@pytest.mark.parametrize("when", ["opening", "asking"])
+def test_a_driver_that_hangs_does_not_keep_the_process_from_its_end(when: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HUNG, when], capture_output=True, text=True, check=True, timeout=30
+    )
+    assert done.stdout == "left\n", done.stderr
 
 
 def test_the_machines_figures_are_sane(tmp_path: Path) -> None:
