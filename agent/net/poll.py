@@ -26,6 +26,11 @@ PASSED_OVER = 300.0
 """Seconds that a job which is not for this agent is not asked about again."""
 OTHERS_BEGIN = 5.0
 """Seconds in which an agent that claimed a job says when it began."""
+LISTED_AT_ONCE, LISTED_MOST = 100, 500
+"""Waiting jobs in a page of the platform's list, and in all pages that are read of it."""
+NO_CONFIG = (
+    "it was lost on the way, and the platform says a job's settings no second time. Start the job again."
+)
 UNREADABLE = (msgspec.MsgspecError, LookupError, TypeError, ValueError, OverflowError, RecursionError)
 """What comes of an offer or an answer that is not what it should be."""
 
@@ -88,20 +93,52 @@ class Poller:
         return float(min(max(self._interval, asked), max(SLOWEST, self._interval)))
 
     async def _consider(self, offered: dict[str, Any], hub: bool) -> None:
-        job_id = offered["id"]
-        if self._uplink.room() <= 0 or self._is_passed(job_id):
+        if self._uplink.room() <= 0:
             return
+        if not await self._is_free(offered, hub):
+            # The platform offers the oldest job alone: one that nobody takes would hide all others for ever.
+            behind = None if hub else await self._behind()
+            if behind is None:
+                return
+            offered = behind
+        await self._uplink.note({CLAIMING: msgspec.json.encode({**offered, "hub": hub}).decode()})
+        await self._finish_claim(first=True)
+
+    async def _is_free(self, row: Mapping[str, Any], hub: bool) -> bool:
+        """Tell whether a waiting job may be claimed. Raises RestError."""
+        job_id = row["id"]
+        if job_id in self._uplink.jobs() or self._is_passed(job_id):
+            return False
         try:
             msgspec.convert(job_id, JobId)
         except msgspec.ValidationError:
             # It would be part of paths and names of files.
             self._pass_over(job_id, "that is no id of a job")
-            return
-        if not hub and await self._in_the_cloud(job_id):
+            return False
+        # A poll does not say when a job began, a list of jobs does.
+        if not hub and "started_at" not in row and await self._in_the_cloud(job_id):
             self._pass_over(job_id, "it is a job of the cloud: it has begun already")
-            return
-        await self._uplink.note({CLAIMING: msgspec.json.encode({**offered, "hub": hub}).decode()})
-        await self._finish_claim(first=True)
+            return False
+        return hub or row.get("started_at") is None
+
+    async def _behind(self) -> dict[str, Any] | None:
+        """Return the oldest waiting job of the platform's list that may be claimed; its claim brings the config."""
+        rows = list[dict[str, Any]]()
+        try:
+            for offset in range(0, LISTED_MOST, LISTED_AT_ONCE):
+                page = await self._client.get(f"{JOBS}?status=pending&limit={LISTED_AT_ONCE}&offset={offset}")
+                jobs = page.get("jobs")
+                jobs = jobs if isinstance(jobs, list) else []
+                rows += [row for row in jobs if isinstance(row, dict) and isinstance(row.get("id"), str)]
+                if len(jobs) < LISTED_AT_ONCE:
+                    break
+            for row in sorted(rows, key=lambda row: str(row.get("created_at"))):
+                if row.get("status") == "pending" and await self._is_free(row, hub=False):
+                    return {**row, "listed": True}
+        except RestError as error:
+            # The poll itself was answered: the agent is seen, and the next one looks again.
+            logger.warning("the jobs behind one that is passed over cannot be seen: {}", error)
+        return None
 
     async def _in_the_cloud(self, job_id: str) -> bool:
         """Jobs of rented machines wait in the same table, told from ours only by a time at which they began."""
@@ -165,13 +202,17 @@ class Poller:
     async def _take(self, offered: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
         job_id = str(offered["id"])
         try:
-            await self._uplink.desired(
-                wish_of({**offered, **(answer.get("job") or {}), "id": job_id}, answer)
-            )
+            row = {**offered, **(answer.get("job") or {}), "id": job_id}
+            if offered.get("listed") and "config" not in row:
+                raise LookupError(NO_CONFIG)
+            await self._uplink.desired(wish_of(row, answer))
         except UNREADABLE as error:
             # It is ours by now, and nobody else will say what became of it.
             why = f"The backend's answer to this job's claim cannot be read: {error}"
             self._pass_over(job_id, why)
+            with suppress(RestError):
+                # The page shows this column, and never what stands beside a status.
+                await told(self._client, {"job_id": job_id, "error_message": why})
             with suppress(RestError):
                 path, body = f"{JOB}/status".format(job_id=job_id), {"status": "failed", "error": why}
                 await self._client.call("PATCH", path, body, token=str(answer["job_token"]))

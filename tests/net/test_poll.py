@@ -4,6 +4,7 @@ from typing import Any
 
 import anyio
 import pytest
+from starlette.requests import Request
 
 from agent.errors import AgentError
 from agent.net.client import RestError
@@ -11,6 +12,21 @@ from agent.net.poll import Poller
 from protocol.messages import Desired
 from tests.net.kept import AGENT, Kept, client
 from tests.support.platform import Platform
+
+LISTED = ("id", "status", "model_name", "dataset_path", "current_step", "started_at", "created_at")
+
+
+class Crowded(Platform):
+    """A platform whose list of jobs shows what the real one's does: without configs, the newest first, in pages."""
+
+    async def _get_jobs(self, request: Request) -> dict[str, Any]:
+        self._by_key(request)
+        query = request.query_params
+        rows = [row for row in self.rows.values() if query.get("status") in (None, row["status"])]
+        rows.sort(key=lambda row: str(row["created_at"]), reverse=True)
+        limit, offset = min(int(query.get("limit", 50)), 100), int(query.get("offset", 0))
+        page = [{name: row[name] for name in LISTED} for row in rows[offset : offset + limit]]
+        return {"jobs": page, "total": len(rows), "limit": limit, "offset": offset}
 
 
 async def _poll(platform: Platform, store: Kept, times: int = 1) -> list[float]:
@@ -46,6 +62,68 @@ def test_jobs_of_the_cloud_and_of_other_agents_are_left_alone() -> None:
         platform.submit({}, started_at="2026-01-01T00:00:00Z")
         anyio.run(_poll, platform, store, 2)
         assert platform.seen["claim"] == 0 and not store.wishes
+
+
+CLOUD = {"started_at": "2026-01-01T00:00:00Z", "created_at": "2026-01-01"}
+
+
+def test_a_job_that_is_passed_over_does_not_block_those_behind_it() -> None:
+    with Crowded() as platform:
+        store = Kept("none")
+        # More than a page of them: a pod that died leaves its row for good.
+        for _ in range(130):
+            platform.submit({}, **CLOUD)
+        platform.submit({}, id="../etc", created_at="2026-01-02")
+        job = platform.submit({"metadata": {"job_name": "mine"}}, created_at="2026-01-03")
+        platform.submit({}, created_at="2026-01-04")
+        anyio.run(_poll, platform, store)
+        (wish,) = store.wishes
+        assert wish.offer is not None and (wish.job_id, wish.offer.name) == (job, "mine")
+        assert platform.seen["claim"] == 1 and platform.rows[job]["agent_id"] == AGENT
+
+
+def test_a_job_that_is_held_already_blocks_none_behind_it() -> None:
+    with Crowded() as platform:
+        store = Kept("none")
+        held = platform.submit({}, created_at="2026-01-01")
+        store.held[held] = store.held["none"]
+        job = platform.submit({}, created_at="2026-01-02")
+        # What this agent has already is not claimed again, and stands in nobody's way.
+        anyio.run(_poll, platform, store)
+        assert [wish.job_id for wish in store.wishes] == [job]
+
+
+@pytest.mark.parametrize("listed", ["page", "500", "odd"])
+def test_a_list_that_cannot_be_read_stops_no_poll(listed: str) -> None:
+    with Crowded() as platform:
+        store = Kept("none")
+        platform.submit({}, **CLOUD)
+        if listed == "odd":
+            platform.say("read-jobs", {"jobs": [7, {"id": 7}, {}], "total": "many"})
+        else:
+            platform.fault("read-jobs", listed)
+        assert anyio.run(_poll, platform, store) == [10.0]
+        assert not store.wishes and platform.seen["claim"] == 0
+
+
+def test_a_listed_job_whose_claim_had_no_answer_fails_with_its_reason() -> None:
+    with Crowded() as platform:
+        store = Kept("none")
+        platform.submit({}, **CLOUD)
+        job = platform.submit({"model": {"name": "m"}})
+        platform.fault("claim", "lost")
+
+        async def run() -> None:
+            with pytest.raises(RestError, match="no answer"):
+                await _poll(platform, store)
+            await _poll(platform, store)
+
+        anyio.run(run)
+        row = platform.rows[job]
+        # Its settings stood in that answer alone; a job with none of them must not train.
+        assert (
+            not store.wishes and row["status"] == "failed" and "Start the job again" in row["error_message"]
+        )
 
 
 @pytest.mark.parametrize("shows", ["started_at", "current_step", "hub"])
