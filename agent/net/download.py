@@ -38,7 +38,7 @@ class _BrokeOff(Exception):
 async def fetch_dataset(
     backend_url: str, job_id: str, token: str, *, sha256: str, size: int, folder: Path, user_agent: str
 ) -> Path:
-    """Return the file with these bytes, from ``folder`` or from the backend.
+    """Return the file with these bytes, from ``folder`` or, where there is a ``token``, from the backend.
 
     A broken transfer goes on where it stopped. Raises DownloadFailed.
     """
@@ -49,6 +49,11 @@ async def fetch_dataset(
     try:
         if await anyio.to_thread.run_sync(_there, target, size):
             return target
+        if not token:
+            raise DownloadFailed(
+                f"The backend holds the data set of job {job_id}, and this machine has no token to fetch it with "
+                "any more; retry the job at the backend, or submit it again."
+            )
         await anyio.to_thread.run_sync(lambda: folder.mkdir(parents=True, exist_ok=True, mode=0o700))
         await _fetch_all(url, job_id, token, part, size, user_agent)
         found = await anyio.to_thread.run_sync(_sha256, part)

@@ -91,7 +91,10 @@ async def fetch(port: int, folder: Path, **more: Any) -> Path:
     } | more
     with anyio.fail_after(30):
         return await fetch_dataset(
-            f"http://127.0.0.1:{port}/", options.pop("job_id", "job-1"), TOKEN, **options
+            f"http://127.0.0.1:{port}/",
+            options.pop("job_id", "job-1"),
+            options.pop("token", TOKEN),
+            **options,
         )
 
 
@@ -265,3 +268,12 @@ async def test_a_cancelled_transfer_leaves_what_came(tmp_path: Path) -> None:
         net.heal()
         assert (await fetch(net.port, tmp_path)).read_bytes() == DATA
     assert platform.ranges[-1] == f"bytes={had}-"
+
+
+async def test_without_a_token_what_is_here_will_do(tmp_path: Path) -> None:
+    async with serving() as platform:
+        with pytest.raises(DownloadFailed, match="no token to fetch it with any more; retry the job"):
+            await fetch(platform.port, tmp_path, token="")
+        assert not platform.ranges
+        there = await fetch(platform.port, tmp_path)
+        assert await fetch(platform.port, tmp_path, token="") == there
