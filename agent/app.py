@@ -147,6 +147,7 @@ async def _run_link(program: Program, agent_id: str, install_id: str, boot: int,
             user_agent=USER_AGENT,
             on_sleep=program.explain_sleep,
         )
+        program.watch.on_late_cards = program.link.greet_again
         return program.link
 
     transport = program.transport = Transport(

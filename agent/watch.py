@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +48,9 @@ class Watch:
         self.figures: dict[str, float] = {}
         self.dialled = anyio.Event()
         """Set once the first dial has come to something: what may wait for it goes on."""
+        self.on_late_cards: Callable[[], None] = _nobody_hears
+        """Told when GPUs are found after a HELLO has named none."""
+        self._greeted_without = False
         self._desk = desk
         self._settings = settings
         self._redactor = redactor
@@ -66,6 +70,8 @@ class Watch:
                 self.inventory = await anyio.to_thread.run_sync(devices.inventory, self._paths)
                 if self.inventory.gpu_problem:
                     logger.warning("{}", self.inventory.gpu_problem)
+                if self._greeted_without and self.inventory.gpus:
+                    self.on_late_cards()
             return self.inventory
 
     def devices(self, visible: str | None) -> list[str]:
@@ -82,12 +88,13 @@ class Watch:
     async def machine(self) -> Machine:
         """Return what HELLO tells of the machine; the owner may keep its name back.
 
-        A driver that is slow or hangs is not waited for: the link comes first, and the next HELLO names the GPUs.
+        A driver that is slow or hangs is not waited for: the link comes first, and another HELLO names the GPUs.
         """
         seen: devices.Inventory | None = None
         with anyio.move_on_after(HELLO_WAITS):
             seen = await self.look()
         if seen is None:
+            self._greeted_without = True
             logger.warning("the GPU driver is slow to answer; the backend is greeted without its cards")
             known = partial(devices.inventory, self._paths, within=0.0)
             seen = await anyio.to_thread.run_sync(known, abandon_on_cancel=True)
@@ -250,3 +257,7 @@ class Watch:
             return folder / name
         except OutsideFolder as error:
             raise NotPossible(str(error)) from None
+
+
+def _nobody_hears() -> None:
+    """Stand in where there is no link."""

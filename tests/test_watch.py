@@ -20,6 +20,7 @@ from agent.watch import Watch
 from protocol.lifecycle import JobState
 from protocol.messages import Lane
 from protocol.records import LogChunk
+from tests.runtime.test_devices import Driver
 from tests.support.desks import EPOCH, desk_in, job, settings, stored
 
 
@@ -75,6 +76,32 @@ def test_hello_does_not_wait_for_a_driver_that_hangs(
             group.cancel_scope.cancel()
 
     anyio.run(test)
+
+
+def test_cards_that_are_found_after_hello_are_told_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.watch.HELLO_WAITS", 0.1)
+    driver, answering, again = Driver(), threading.Event(), anyio.Event()
+    driver.answers["Init"] = answering.wait
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    devices._start.cache_clear()
+
+    async def test() -> None:
+        async with desk_in(tmp_path) as desk:
+            watch = Watch(desk, settings(tmp_path), Redactor())
+            watch.on_late_cards = again.set
+            assert (await watch.machine()).gpus == []
+            answering.set()
+            await watch.look()
+            assert again.is_set()
+            assert len((await watch.machine()).gpus) == 2
+
+    try:
+        anyio.run(test)
+    finally:
+        answering.set()
+        devices._start.cache_clear()
 
 
 def log_in(folder: Path, text: str) -> Path:

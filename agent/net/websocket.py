@@ -95,6 +95,7 @@ class Link:
         """What the backend has acknowledged and the journal still holds, by stream."""
         self._acked = anyio.Event()
         self._session: AgentSession | None = None
+        self._again = anyio.Event()
         self._retry_after = 0.0
         self._frames = Frames()
         self.dials = 0
@@ -109,6 +110,10 @@ class Link:
     def wake(self) -> None:
         """Something was appended: look for it now."""
         self._wake.set()
+
+    def greet_again(self) -> None:
+        """Dial anew: what HELLO said of this machine is known better now."""
+        self._again.set()
 
     def bye(self, reason: str, until: float = 0.0) -> None:
         """Explain a planned silence on the open connection, if there is one."""
@@ -224,6 +229,8 @@ class Link:
                     f"{self.url} accepted a WebSocket but speaks none of {', '.join(SUBPROTOCOLS)}. Check BACKEND_URL."
                 )
             codec = Codec(socket.subprotocol)
+            # Before the look, so that whatever is learned during it ends this session.
+            self._again = anyio.Event()
             with anyio.fail_after(HELLO_WITHIN):
                 hello = await self._uplink.hello()
             # A HELLO that fills no frame; the other streams are opened after it.
@@ -280,6 +287,7 @@ class Link:
             group.start_soon(guarded, self._settle)
             group.start_soon(guarded, self._write)
             group.start_soon(guarded, self._watch)
+            group.start_soon(guarded, self._renew)
         if ended:
             return ended[0]
         return session.closing or Closing(1006, "the connection was lost")
@@ -353,6 +361,10 @@ class Link:
         while session.closing is None:
             due = session.watch(self._clock())
             await anyio.sleep(max(0.01, due - self._clock()))
+
+    async def _renew(self, socket: ClientConnection, codec: Codec, session: AgentSession) -> None:
+        await self._again.wait()
+        await socket.close(1000, "more is known of this machine")
 
     def _look(self, session: AgentSession) -> None:
         """Tell the session what the journal holds by now."""

@@ -311,6 +311,15 @@ async def test_a_refused_stream_is_dropped_and_the_others_go_on() -> None:
     assert len(backend.hellos) == 1
 
 
+async def test_a_machine_that_is_known_better_is_told_by_another_hello() -> None:
+    async with connected() as (backend, records, link):
+        link.greet_again()
+        await backend.until(lambda: len(backend.hellos) == 2 and is_connected(link))
+        records.say(CONTROL, "a")
+        await backend.until(lambda: records.at[CONTROL] == 1)
+    assert len(backend.hellos) == 2
+
+
 async def test_a_hello_that_is_not_ready_costs_that_dial_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent.net.websocket, "HELLO_WITHIN", 0.2)
     backend, records = Backend(), Records()
