@@ -58,6 +58,26 @@ def _stay(exc: Exception) -> Exception | str:
     return exc
 
 
+def wrong_subprotocol(url: str) -> NotOurBackend:
+    """Return the error for a 101 that names no subprotocol of ours."""
+    return NotOurBackend(
+        f"{url} accepted a WebSocket but speaks none of {', '.join(SUBPROTOCOLS)}. Check BACKEND_URL."
+    )
+
+
+def decided(error: Exception, url: str, *, was_ours: bool) -> Refused | float:
+    """Return what ends the dialling for good, or the seconds until the next dial at least.
+
+    ``was_ours``: this process has been welcomed at that address before.
+    """
+    refused = refusal(error, url)
+    away = isinstance(refused, NotOurBackend) or (refused is not None and refused.status == 403)
+    if refused is not None and not (was_ours and away):
+        return refused
+    # It was ours a while ago: a redeploy or a proxy answers in its place, and that passes.
+    return TLS_RETRY if refused is not None or certificate_fault(error) else retry_after(error)
+
+
 class Link:
     """The agent's one connection to its backend. ``state``: connecting, connected, refused."""
 
@@ -167,18 +187,15 @@ class Link:
                 least = 0.0
             except Exception as error:  # noqa: BLE001
                 # The connection's edge: every failure of a dial or a session ends here, and is judged once.
-                refused = refusal(error, self.url)
-                away = isinstance(refused, NotOurBackend) or (refused is not None and refused.status == 403)
-                gone = self._was_ours and away
-                if refused is not None and not gone:
-                    self._on_state("refused", str(refused))
-                    raise refused from None
-                if refused is None and not can_retry(error):
+                judged = decided(error, self.url, was_ours=self._was_ours)
+                if isinstance(judged, Refused):
+                    self._on_state("refused", str(judged))
+                    raise judged from None
+                if refusal(error, self.url) is None and not can_retry(error):
                     # A defect of ours must not cut a running job off from its backend for good.
                     logger.exception("the link broke in a way that no network explains")
                 why = str(error) or type(error).__name__
-                # It was ours a while ago: a redeploy or a proxy answers in its place, and that passes.
-                least = TLS_RETRY if certificate_fault(error) or gone else retry_after(error)
+                least = judged
                 if certificate_fault(error):
                     logger.error("the certificate of {} does not verify: {}", self.url, why)
             if self._clock() - began >= HEALTHY:
@@ -188,7 +205,7 @@ class Link:
             self._retry_after = 0.0
             self.dial_due = self._clock() + wait
             logger.info("link down: {}; dialling again in {:.1f} s", why, wait)
-            self._on_state("connecting", f"{why}; dialling again in {wait:.0f} s")
+            self._on_state("connecting", f"{why.rstrip('.')}; dialling again in {wait:.0f} s")
             await self._wait_to_dial(wait)
 
     @asynccontextmanager
@@ -225,9 +242,7 @@ class Link:
     async def _one_connection(self) -> Closing:
         async with self._dialled() as socket:
             if socket.subprotocol not in self._subprotocols:
-                raise NotOurBackend(
-                    f"{self.url} accepted a WebSocket but speaks none of {', '.join(SUBPROTOCOLS)}. Check BACKEND_URL."
-                )
+                raise wrong_subprotocol(self.url)
             codec = Codec(socket.subprotocol)
             # Before the look, so that whatever is learned during it ends this session.
             self._again = anyio.Event()

@@ -18,7 +18,8 @@ import protocol
 from agent.errors import Refused
 from agent.net import client
 from agent.net.choice import Polls
-from agent.net.retry import can_retry, closed_for_good, refusal
+from agent.net.retry import can_retry, closed_for_good
+from agent.net.websocket import decided, wrong_subprotocol
 from protocol.messages import Close
 
 README = Path(protocol.__file__).parent / "README.md"
@@ -67,21 +68,37 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, tuple("---" for _ in head), *rows))
 
 
-def _upgrade(status: int) -> tuple[str, ...]:
-    error = InvalidStatus(Response(status, "", Headers({"Location": "{location}"})))
-    refused = refusal(error, URL)
-    if refused is None:
-        assert can_retry(error)
-        return (
-            "yes; `Retry-After` in seconds is obeyed",
-            "server rejected WebSocket connection: HTTP {status}; dialling again in {n} s",
-        )
-    return f"no; exit code {int(refused.exit_code)}", str(refused).replace(str(status), "{status}")
+def _dialled(error: Exception, was_ours: bool) -> tuple[str, str]:
+    """Return what an agent does about an upgrade that did not come about, and what its user reads."""
+    judged = decided(error, URL, was_ours=was_ours)
+    if isinstance(judged, Refused):
+        return f"no; exit code {int(judged.exit_code)}", str(judged)
+    assert was_ours or can_retry(error)
+    when = {0.0: "yes", 7.0: "yes; `Retry-After` in seconds is obeyed"}
+    said = str(error).rstrip(".")
+    return when.get(judged, f"yes, after {judged:g} s at least"), f"{said}; dialling again in {{n}} s"
+
+
+def _upgrade(status: int, was_ours: bool = False) -> tuple[str, ...]:
+    headers = Headers({"Location": "{location}", "Retry-After": "7"})
+    again, said = _dialled(InvalidStatus(Response(status, "", headers)), was_ours)
+    return again, said.replace(str(status), "{status}")
 
 
 def upgrade_table() -> str:
-    """Return the table of answers to the upgrade, 101 apart."""
-    return table(("status", "dials again", "the user reads"), grouped(range(200, 600), _upgrade))
+    """Return the table of answers to the upgrade that are no conversation."""
+    return _upgrades(was_ours=False)
+
+
+def upgrade_later_table() -> str:
+    """Return the same for an agent that was welcomed before."""
+    return _upgrades(was_ours=True)
+
+
+def _upgrades(was_ours: bool) -> str:
+    other = ("101 with another subprotocol or none", *_dialled(wrong_subprotocol(URL), was_ours))
+    rows = grouped(range(200, 600), lambda status: _upgrade(status, was_ours))
+    return table(("status", "dials again", "the user reads"), [other, *rows])
 
 
 def _closed(code: int) -> tuple[str, ...]:
@@ -171,6 +188,7 @@ def dataset_table() -> str:
 
 TABLES = {
     "upgrade": upgrade_table,
+    "upgrade-later": upgrade_later_table,
     "close-codes": close_codes_table,
     "appends": appends_table,
     "poll": poll_table,
