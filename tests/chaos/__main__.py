@@ -22,6 +22,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.support.mounts import own_mounts
+
 if TYPE_CHECKING:
     from tests.chaos.harm import Kind
 
@@ -42,7 +44,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", default="", metavar="WORDS", help="kinds whose name holds these words")
     parser.add_argument(APART, action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if not args.in_a_namespace and (prefix := _namespace()):
+    if not args.in_a_namespace and (prefix := own_mounts()):
         os.execvp(prefix[0], [*prefix, sys.executable, "-m", "tests.chaos", *argv, APART])  # noqa: S606  nothing is left to do here
     # In memory where there is room: what is killed is processes, not the power, and a disk's own waiting takes minutes.
     memory = Path("/dev/shm")
@@ -138,17 +140,6 @@ def table(told: list[dict[str, object]], stock: bool) -> str:
             cells += [str(sum(bool(row[what]) for row in mine)) for what in ("resumed", "same")]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
-
-
-def _namespace() -> list[str]:
-    """Return the command that gives a process a mount table of its own, for the small disk; nothing where none may be had."""
-    for command in (["unshare", "--mount"], ["unshare", "--user", "--map-root-user", "--mount"]):
-        try:
-            if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0:
-                return command
-        except FileNotFoundError:
-            break
-    return []
 
 
 def _small_disk(folder: Path) -> Path:

@@ -16,7 +16,8 @@ from websockets.sync.server import ServerConnection, serve
 
 from protocol.codec import Codec
 from protocol.messages import SUBPROTOCOL_MSGPACK, Desired, Offer, Welcome
-from tests.support.programs import Agent, Hub, end, fake_config, together, wait_until
+from tests.support.mounts import needs_mounts
+from tests.support.programs import ROOT, Agent, Hub, clean_env, end, fake_config, together, wait_until
 from tests.trainer.conftest import build_model, build_tokenizer, chat_rows, write_jsonl
 
 
@@ -246,8 +247,6 @@ def test_no_backend_at_all_is_dialled_again_and_again_and_jobs_run_all_the_same(
 
 def test_a_slip_in_a_setting_is_one_sentence_and_code_3(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("MAX_CONCURENT_JOBS=2\n")
-    from tests.support.programs import clean_env
-
     command = [sys.executable, "-m", "agent", "start"]
     done = subprocess.run(
         command,
@@ -266,10 +265,8 @@ def test_a_slip_in_a_setting_is_one_sentence_and_code_3(tmp_path: Path) -> None:
 def test_a_full_disk_pauses_the_job_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     """On a file system of 48 MiB of its own, in a mount namespace, where the kernel lets us make one."""
     command = [sys.executable, "-m", "tests.support.small_disk", str(tmp_path)]
-    from tests.support.programs import ROOT, clean_env
-
     done = subprocess.run(
-        ["unshare", "--mount", *command],
+        [*needs_mounts(), *command],
         cwd=ROOT,
         env=clean_env(),
         capture_output=True,

@@ -12,6 +12,7 @@ from agent.hearing import cleaned
 from agent.runtime.redact import Redactor
 from protocol.failures import Evidence, FailureReason, failure
 from protocol.worker import Failed, Finished, Note
+from tests.support.mounts import needs_mounts
 from tests.support.programs import ROOT, Agent, Hub, clean_env, fake_config, together, wait_until
 
 Pair = tuple[Hub, Agent]
@@ -107,7 +108,7 @@ def test_a_damaged_journal_costs_no_job_and_tells_no_lie(tmp_path: Path) -> None
 
 def test_a_full_disk_under_the_journal_pauses_jobs_and_blocks_nobody(tmp_path: Path) -> None:
     """In a mount namespace, where the kernel lets us make one: AGENT_HOME on 8 MiB."""
-    command = ["unshare", "--mount", sys.executable, "-m", "tests.support.small_home", str(tmp_path)]
+    command = [*needs_mounts(), sys.executable, "-m", "tests.support.small_home", str(tmp_path)]
     done = subprocess.run(
         command, cwd=ROOT, env=clean_env(), capture_output=True, text=True, timeout=170, check=False
     )

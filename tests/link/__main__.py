@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tests.link.rounds import Rounds, report
 from tests.link.stand import Stand
+from tests.support.mounts import own_mounts
 
 DISK_MB = 96
 APART = "--in-a-namespace"
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument(APART, action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if not args.in_a_namespace and (prefix := _namespace()):
+    if not args.in_a_namespace and (prefix := own_mounts()):
         os.execvp(prefix[0], [*prefix, sys.executable, "-m", "tests.link", *argv, APART])  # noqa: S606  nothing is left to do here
     folder = Path(tempfile.mkdtemp(prefix="link-"))
     if args.in_a_namespace:
@@ -72,17 +73,6 @@ def main(argv: list[str]) -> int:
         return 1
     shutil.rmtree(folder)
     return 0
-
-
-def _namespace() -> list[str]:
-    """Return the command that gives a process a mount table of its own; nothing where none may be had."""
-    for command in (["unshare", "--mount"], ["unshare", "--user", "--map-root-user", "--mount"]):
-        try:
-            if subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0:
-                return command
-        except FileNotFoundError:
-            break
-    return []
 
 
 if __name__ == "__main__":
