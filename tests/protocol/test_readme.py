@@ -120,3 +120,12 @@ def test_the_figures_are_those_of_the_code() -> None:
         *(f"`{kind}`" for kind in CommandKind),
     ):
         assert said in TEXT, said
+
+
+def test_what_the_scenarios_ask_of_whoever_runs_them_is_said() -> None:
+    folder = Path(__file__).parents[1] / "contract"
+    code = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
+    names = set(re.findall(r'environ(?:\.get\(|\[)"(AGENT_TEST_\w+)"', code))
+    assert len(names) == 3
+    for page in (TEXT, PATH.with_name("adopting.md").read_text(encoding="utf-8")):
+        assert all(f"{name}=" in page for name in names)
