@@ -1,9 +1,10 @@
-"""`python -m tests.matrix [WORDS]`: pauses a job of every kind in mid-epoch and resumes it, and prints what differs.
+"""`python -m tests.matrix [--deterministic] [WORDS]`: pauses a job of every kind, resumes it, and prints what differs.
 
-Each cell is three runs of a tiny model on the CPU: one that is never touched, one that is paused, and its second
+Each cell is three runs of a tiny model, on the GPU where there is one: one that is never touched, one that is paused, and its second
 attempt; with dropout (where the method has any), accumulation, evaluations and early stopping, over the end of an
 epoch. "equal" means every value of every point, and every bit of the final weights; else the largest difference
 is given. Empty cells cannot be: weights of 4 or 8 bits are not trained themselves. With WORDS only the rows that hold them.
+With --deterministic the jobs ask for it, which a GPU needs to be equal and a CPU does not.
 """
 
 import os
@@ -11,6 +12,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
 
+import argparse
 import contextlib
 import io
 import sys
@@ -105,7 +107,8 @@ def cells() -> Iterator[Cell]:
 class Bench:
     """A tiny model and a data set for each method."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, deterministic: bool = False) -> None:
+        self._deterministic = deterministic
         tokenizer = build_tokenizer()
         model = folder / "base"
         build_model(model, len(tokenizer))
@@ -125,6 +128,7 @@ class Bench:
             "eval_steps": 2,
             "early_stopping_patience": 3,
             "load_best_at_end": True,
+            "deterministic": self._deterministic,
             **changes.pop("training", {}),
         }
         wanted = {
@@ -182,8 +186,13 @@ def table(found: dict[tuple[str, str], str]) -> str:
     return "\n".join(lines)
 
 
-def main(words: str) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Print the matrix; return 1 if any cell differs."""
+    parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
+    parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("words", nargs="*", metavar="WORDS")
+    args = parser.parse_args(argv)
+    words = " ".join(args.words)
     import datasets
     import transformers
 
@@ -193,7 +202,7 @@ def main(words: str) -> int:
     began = time.monotonic()
     found: dict[tuple[str, str], str] = {}
     with tempfile.TemporaryDirectory(prefix="matrix-") as folder:
-        bench = Bench(Path(folder))
+        bench = Bench(Path(folder), deterministic=args.deterministic)
         for cell in cells():
             if words not in cell.row:
                 continue
@@ -212,4 +221,4 @@ def main(words: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(" ".join(sys.argv[1:])))
+    sys.exit(main())

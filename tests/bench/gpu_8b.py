@@ -1,8 +1,8 @@
 """`python -m tests.bench.gpu_8b [--tiny] [--steps N] [--json FILE]`: an 8B-shaped Llama, LoRA r16, on one GPU.
 
 Random weights serve for speed. Every row is packed to 4096 tokens, none of them padding; gradients are clipped; rows
-come through the real data loader. Our trainer and TRL in each configuration that is installed here run in processes
-of their own, one after another, on the same model and rows. Without a CUDA device it says so and ends with code 3;
+come through the real data loader. Our trainer (also with `deterministic`, whose cost shows) and TRL in each
+configuration that is installed here run in processes of their own, one after another, on the same model and rows. Without a CUDA device it says so and ends with code 3;
 --tiny measures a toy of the same shape anywhere, which shows that the script works and nothing else.
 """
 
@@ -95,7 +95,7 @@ def _sides(tiny: bool) -> list[str]:
             if importlib.util.find_spec(module)
         ]
     extras = [""] + [f"+{name}" for name in ("liger_kernel", "kernels") if importlib.util.find_spec(name)]
-    found = [f"ours {checkpointing}" for checkpointing in ("plain", "checkpointing")]
+    found = [f"ours {how}" for how in ("plain", "checkpointing", "plain+deterministic")]
     for attention in attentions:
         for checkpointing in ("plain", "checkpointing"):
             found += [f"trl {attention} {checkpointing}{extra}" for extra in extras]
@@ -158,11 +158,7 @@ def _side(side: str, home: Path, steps: int, tiny: bool) -> dict[str, Any]:
     import torch
 
     who, *words = side.split(" ")
-    points = (
-        _ours(home, steps, tiny, words[0] == "checkpointing")
-        if who == "ours"
-        else _trl(home, steps, tiny, *words)
-    )
+    points = _ours(home, steps, tiny, words[0]) if who == "ours" else _trl(home, steps, tiny, *words)
     began, ended = points[WARM_UP], points[steps]
     return {
         "tokens_per_second": round((ended[1] - began[1]) / (ended[0] - began[0])),
@@ -177,7 +173,7 @@ Points = dict[int, tuple[float, float, float, float]]
 """Of each step: the moment, tokens so far, loss, and the gradient's norm before it was clipped."""
 
 
-def _ours(home: Path, steps: int, tiny: bool, checkpointing: bool) -> Points:
+def _ours(home: Path, steps: int, tiny: bool, how: str) -> Points:
     from agent.trainer import run
     from protocol.jobspec import JobSpec, LoraSpec, ModelSpec, TrainingSpec
     from protocol.worker import Limits, Start, Workspace
@@ -192,7 +188,8 @@ def _ours(home: Path, steps: int, tiny: bool, checkpointing: bool) -> Points:
         max_length=_length(tiny),
         packing=True,
         bf16=True,
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=how == "checkpointing",
+        deterministic=how.endswith("+deterministic"),
         logging_steps=1,
         save_steps=100_000,
     )
