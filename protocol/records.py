@@ -178,6 +178,11 @@ class LogChunk(Record, frozen=True, array_like=True, tag=24):
     dropped: int = 0
     """Lines left out just before these."""
 
+    @property
+    def gap(self) -> list[str]:
+        """What a reader of the log sees in the place of lines that were left out: one line, or none."""
+        return [f"[{self.dropped} lines dropped here]"] if self.dropped > 0 else []
+
 
 AnyRecord = (
     JobStatus

@@ -177,7 +177,7 @@ def _jobs(db: Db, job: Job, key: Key, records: Sequence[msgspec.Raw], codec: Cod
             shapes = shapes or Shapes(db, job.id)
             shapes.define(key.epoch, record.schema_id, record.names)
         elif isinstance(record, LogChunk):
-            done.lines += logs.append(db, job, record.attempt, record.lines, record.dropped, now)
+            done.lines += logs.append(db, job, record.attempt, [*record.gap, *record.lines], now)
         elif record is None:
             job.unreadable_records += 1
             job.note(now, "warning", "A report of the agent could not be read by this hub and was left out.")

@@ -6,10 +6,8 @@ from agent.hub.model import Job
 from agent.hub.store import Db
 
 
-def append(db: Db, job: Job, attempt: int, lines: list[str], dropped: int, now: float) -> list[str]:
+def append(db: Db, job: Job, attempt: int, lines: list[str], now: float) -> list[str]:
     """Store lines behind those the job has; return what was stored."""
-    if dropped > 0:
-        lines = [f"... {dropped} lines were left out here ...", *lines]
     if lines:
         db.execute(
             "INSERT INTO logs (job, first, count, attempt, lines) VALUES (?,?,?,?,?)",

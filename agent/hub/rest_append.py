@@ -310,7 +310,7 @@ async def post_logs(request: Request, hub: Hub) -> Response:
         fresh = numbered.skip(None) is not None
         if fresh and lines:
             now = hub.clock()
-            logs.append(db, job, job.attempt, lines, 0, now)
+            logs.append(db, job, job.attempt, lines, now)
             job.updated_at = now
             save_job(db, job)
         return job, len(lines) if fresh else 0, numbered.done()

@@ -74,7 +74,7 @@ def test_a_run_is_told_in_either_encoding(hub: HubProcess, client: httpx.Client,
         assert points[1]["epoch"] == 0.2
         assert points[3]["train_loss"] is None
         answer = logs_of(client, job_id, limit=3, offset=1)
-        assert answer["logs"] == ["two", "... 5 lines were left out here ...", "three"]
+        assert answer["logs"] == ["two", "[5 lines dropped here]", "three"]
         assert answer["total_lines"] == 4
         seen = seen_agent(client, agent)
         assert seen["figures"] == {"cpu_percent": 12.5}
