@@ -2,17 +2,30 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from msgspec import inspect
 
+import protocol
 from protocol.codec import BadMessage, Codec, Unknown, decode_record, encode_record, number
 from protocol.fields import MAX_FRAME
-from protocol.messages import SUBPROTOCOL_JSON, SUBPROTOCOL_MSGPACK, Data, Desired, Heartbeat, Offer
-from protocol.records import Figures, LogChunk, Point, Snapshot
+from protocol.messages import (
+    SUBPROTOCOL_JSON,
+    SUBPROTOCOL_MSGPACK,
+    AgentMessage,
+    Bye,
+    Data,
+    Desired,
+    Heartbeat,
+    HubMessage,
+    Offer,
+)
+from protocol.records import AnyRecord, Figures, LogChunk, Point, Snapshot
 from protocol.worker import Parameters
 from tests.protocol.golden import FRAMES, RECORDS
 
@@ -62,6 +75,53 @@ def test_nesting_has_a_bottom() -> None:
         PACKED.decode_hub(b"\x91" * 100_000)
     with pytest.raises(BadMessage):
         PACKED.decode_hub(b"\x92\x63" + b"\x91" * 100_000)
+
+
+def levels(kind: Any) -> int:
+    """Return how deep a value of a type nests. Fails at a type that takes whatever comes."""
+    assert not isinstance(kind, inspect.AnyType)
+    match kind:
+        case inspect.StructType(fields=fields):
+            return 1 + max((levels(field.type) for field in fields), default=0)
+        case inspect.UnionType(types=types):
+            return max(map(levels, types))
+        case inspect.DictType(value_type=item) | inspect.ListType(item_type=item):
+            return 1 + levels(item)
+        case inspect.VarTupleType(item_type=item):
+            return 1 + levels(item)
+        case inspect.TupleType(item_types=items):
+            return 1 + max(map(levels, items))
+    return 0
+
+
+def test_the_types_bound_the_depth_of_what_is_built() -> None:
+    """A record in DATA is read by itself, two levels down."""
+    frames, records = (
+        levels(inspect.type_info(AgentMessage | HubMessage)),
+        levels(inspect.type_info(AnyRecord)),
+    )
+    said = (Path(protocol.__file__).parent / "README.md").read_text(encoding="utf-8")
+    assert f"of ours nests deeper than {max(frames, 2 + records)} levels" in said
+
+
+@pytest.mark.parametrize(
+    ("codec", "begin", "level", "end"),
+    [
+        (PACKED, b"\x94\x0f\xa1a\x00", b"\x91", b"\x01"),
+        (JSON, b'[15,"a",0,', b"[", b"1"),
+    ],
+)
+def test_depth_in_a_field_of_a_newer_peer_is_passed_over_or_refused(
+    codec: Codec, begin: bytes, level: bytes, end: bytes
+) -> None:
+    def frame(deep: int) -> bytes:
+        closed = b"]" * deep + b"]" if codec is JSON else b""
+        return begin + level * deep + end + closed
+
+    # The same as without it: nothing of it is built, however deep.
+    assert codec.decode_agent(frame(100)) == Bye("a", 0.0)
+    with pytest.raises(BadMessage, match="nested too deeply"):
+        codec.decode_agent(frame(50_000))
 
 
 @BOTH
