@@ -4,10 +4,8 @@ A folder named ``step-N`` with a manifest that verifies is a checkpoint; everyth
 moment leaves the older ones untouched, and what was finished but not yet renamed is taken over at the next start.
 """
 
-import contextlib
 import itertools
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,25 +15,25 @@ from typing import Any
 import msgspec
 import xxhash
 
-from agent.trainer.disk import PROBE, sync_folder, write_small
-
-if sys.platform != "win32":
-    import fcntl
+from agent.trainer.disk import DOOMED, PROBE, replace_folder, sync_folder, write_small
+from agent.trainer.reading import LOCKED, alone
 
 FORMAT = 2
 """1: torch.save's files for optimizer, scheduler and random state. 2: safetensors and JSON."""
-MANIFEST = "manifest.json"
+MANIFEST = LOCKED
 ORIGIN = "resumed-from.json"
 """Beside the checkpoints: which one an attempt was told to go on from. Later ones of older attempts are history."""
-STAGING, DOOMED = ".staging-", ".doomed-"
+STAGING = ".staging-"
 PINNED = ".pinned-"
 """Before the name of a checkpoint: the file that says it must stay (`agent.runtime.workspace` makes and removes it)."""
 ASIDE = "kept-"
-"""Before the name of one that was pinned or read when its step came again: never listed, and never deleted."""
+"""Before the name of one that must stay though its step came again: never listed, and never deleted."""
 JOB_MARKER = ".training-agent-job"
 """The agent's own file in the folder; without it the folder would count as somebody else's."""
 _PREFIX = "step-"
 _CHUNK = 1 << 22
+_UNKNOWN = 1 << 30
+"""The attempt of one whose manifest does not say: looked at first, so that the user is told why it was passed over."""
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -74,6 +72,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Fingerprints of what must be the same to go on exactly: data, model, method."""
     lineage: list[Ancestor] = []
     """The checkpoints of other jobs that the run descends from, the oldest first."""
+    begun: list[tuple[int, int]] = []
+    """The attempts that led here, each with the step that it began after; without those that came to nothing."""
     files: dict[str, FileRecord] = {}
     check: str = ""
     """xxh3-128 of this manifest with an empty ``check``."""
@@ -86,6 +86,16 @@ class Origin(msgspec.Struct, frozen=True):
 
 class BadCheckpoint(Exception):
     """A checkpoint that must not be used; ``str()`` is a clause that says why."""
+
+
+class NotOurs(BadCheckpoint):
+    """It must not be deleted either: another job's, or one that another agent or another hour may well read."""
+
+    def __init__(self, why: str, *, newer: bool = False, attempt: object = None) -> None:
+        super().__init__(why)
+        self.newer = newer
+        """A newer version of the agent reads it."""
+        self.attempt = attempt if isinstance(attempt, int) else _UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -151,13 +161,27 @@ class Checkpoints:
         pin = self.folder / f"{PINNED}{path.name}"
         if not path.exists():
             return
-        with _alone(path) as alone:
-            if alone and not pin.exists():
+        with alone(path) as unread:
+            if unread and not pin.exists() and self._refusal(path) is None:
                 return
-        name = f"{ASIDE}{path.name}-attempt-{_attempt(path)}"
+        self._rename_aside(path, path.name)
+        pin.unlink(missing_ok=True)
+
+    def _rename_aside(self, path: Path, name: str) -> None:
+        attempt = _attempt(path)
+        name = f"{ASIDE}{name}" + (f"-attempt-{attempt}" if attempt < _UNKNOWN else "")
         names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
         path.rename(next(aside for one in names if not (aside := self.folder / one).exists()))
-        pin.unlink(missing_ok=True)
+
+    def _refusal(self, path: Path) -> NotOurs | None:
+        """Return why a checkpoint is not this job's and this agent's to delete; None: it is."""
+        try:
+            _manifest(path, self.job_id)
+        except NotOurs as why:
+            return why
+        except BadCheckpoint:
+            pass
+        return None
 
     def restore(self) -> bool:
         """Make the folder again if it has vanished; return whether it had."""
@@ -183,33 +207,46 @@ class Checkpoints:
         if chosen.parent == self.folder:
             write_small(self.folder / ORIGIN, msgspec.json.encode(Origin(attempt, chosen.name)))
 
+    def of_newer_agents(self) -> list[tuple[Path, NotOurs]]:
+        """Return those of this job that only a newer version of the agent can read, the oldest first."""
+        refused = [(path, self._refusal(path)) for path in reversed(self._by_age())]
+        return [(path, why) for path, why in refused if why is not None and why.newer]
+
     def retain(self, limit: int) -> None:
-        """Delete the oldest beyond ``limit``; those in use, pinned or being read stay."""
-        for path in self._by_age()[limit:]:
+        """Delete the oldest beyond ``limit``; those in use, pinned, being read or not ours stay.
+
+        Broken ones are older than all, so that none takes the place of a good one.
+        """
+        for path in self._ours()[limit:]:
             self._delete(path)
 
     def make_room(self, enough: Callable[[], bool], most: int | None = None) -> int:
         """Delete the oldest, one by one, until there is ``enough`` room or ``most`` are gone; return how many are.
 
-        The newest good one stays, and so do those in use, pinned or being read.
+        The newest good one stays, and so do those in use, pinned, being read or not ours.
         """
         gone = 0
         if enough():
             return 0
         newest, _ = self.newest_good()
-        for path in reversed(self._by_age()):
+        for path in reversed(self._ours()):
             if newest is not None and path != newest.path and self._delete(path):
                 gone += 1
                 if enough() or gone == most:
                     break
         return gone
 
+    def _ours(self) -> list[Path]:
+        """Return the candidates that may be deleted, the one to prefer first; last those with a broken manifest."""
+        ours = [path for path in self._by_age() if self._refusal(path) is None]
+        return sorted(ours, key=lambda path: _attempt(path) == _UNKNOWN)
+
     def _delete(self, path: Path) -> bool:
         """Delete a checkpoint unless it must stay; return whether it is gone."""
         if path in self.in_use or (self.folder / f"{PINNED}{path.name}").exists():
             return False
-        with _alone(path) as alone:
-            if not alone:
+        with alone(path) as unread:
+            if not unread:
                 return False
             grave = self.folder / f"{DOOMED}{path.name}"
             shutil.rmtree(grave, ignore_errors=True)
@@ -226,8 +263,14 @@ class Checkpoints:
             for path in sorted(self.folder.glob(f"{prefix}{_PREFIX}*")):
                 final = self.folder / path.name.removeprefix(prefix)
                 try:
-                    verify(path)
+                    verify(path, self.job_id)
                     whole = True
+                except NotOurs:
+                    # Whoever wrote it knows whether it is whole.
+                    whole = True
+                    if final.exists():
+                        self._rename_aside(path, final.name)
+                        continue
                 except BadCheckpoint:
                     whole = False
                 # A replaced checkpoint is renamed away before the new one takes its place.
@@ -260,42 +303,12 @@ class Checkpoints:
             return None
 
 
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Keep a checkpoint from being deleted meanwhile, by whatever process; the end of this one lets it go too."""
-    with contextlib.ExitStack() as stack:
-        if sys.platform != "win32":
-            # A folder that is not there, or a disk without locks: whoever reads on will say what is wrong.
-            with contextlib.suppress(OSError):
-                file = stack.enter_context((path / MANIFEST).open("rb"))
-                fcntl.flock(file, fcntl.LOCK_SH)
-        yield
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[bool]:
-    """Tell whether no process is reading a checkpoint, and keep others from beginning to."""
-    with contextlib.ExitStack() as stack:
-        alone = True
-        if sys.platform != "win32":
-            try:
-                file = stack.enter_context((path / MANIFEST).open("rb"))
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                alone = False
-            except OSError:  # never finished, or a disk without locks
-                pass
-        yield alone
-
-
 def verify(path: Path, job_id: str = "") -> Found:
     """Return the checkpoint in ``path`` if each of its files is the one that was saved, else raise BadCheckpoint.
 
     With ``job_id``, it must be that job's.
     """
-    manifest = _manifest(path)
-    if job_id and manifest.job_id != job_id:
-        raise BadCheckpoint(f"it is a checkpoint of another job ({manifest.job_id})")
+    manifest = _manifest(path, job_id)
     for name, record in manifest.files.items():
         file = path / name
         try:
@@ -323,47 +336,44 @@ def _checksum(told: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(msgspec.json.encode(told | {"check": ""}))
 
 
-def replace_folder(staging: Path, final: Path) -> None:
-    """Put a finished folder in the place of ``final``; at each moment one of the two is whole on disk."""
-    if final.exists():
-        grave = final.with_name(f"{DOOMED}{final.name}")
-        shutil.rmtree(grave, ignore_errors=True)
-        final.rename(grave)
-        staging.replace(final)
-        shutil.rmtree(grave, ignore_errors=True)
-    else:
-        staging.replace(final)
-    sync_folder(final.parent)
-
-
 def make_manifest(job_id: str, step: int, epoch: float, attempt: int, reason: str) -> Manifest:
     """Return a manifest of now; the rest is filled in with `msgspec.structs.replace`."""
     return Manifest(job_id=job_id, step=step, epoch=epoch, attempt=attempt, reason=reason, time=time.time())
 
 
-def _manifest(path: Path) -> Manifest:
+def _manifest(path: Path, job_id: str = "") -> Manifest:
     try:
         told = msgspec.json.decode((path / MANIFEST).read_bytes(), type=dict[str, Any])
-        number = told.get("format")
+        number, whose = told.get("format"), told.get("job_id")
         if isinstance(number, int) and number > FORMAT:
-            raise BadCheckpoint(
-                f"it was written by a newer version of the agent (format {number}; this one reads up to {FORMAT})"
+            if job_id and isinstance(whose, str) and whose != job_id:
+                raise NotOurs(f"it is a checkpoint of another job ({whose})", attempt=told.get("attempt"))
+            raise NotOurs(
+                f"it was written by a newer version of the agent (format {number}; this one reads up to {FORMAT})",
+                newer=True,
+                attempt=told.get("attempt"),
             )
         manifest = msgspec.convert(told, Manifest)
     except FileNotFoundError:
         raise BadCheckpoint("it has no manifest, so its save was never finished") from None
-    except (OSError, msgspec.DecodeError) as error:
+    except OSError as error:
+        raise NotOurs(f"its manifest cannot be read ({error})") from error
+    except msgspec.DecodeError as error:
         raise BadCheckpoint(f"its manifest cannot be read ({error})") from error
     if _checksum(told) != manifest.check:
         raise BadCheckpoint("its manifest is not what was saved")
+    if job_id and manifest.job_id != job_id:
+        raise NotOurs(f"it is a checkpoint of another job ({manifest.job_id})")
     return manifest
 
 
 def _attempt(path: Path) -> int:
     try:
         return _manifest(path).attempt
+    except NotOurs as why:
+        return why.attempt
     except BadCheckpoint:
-        return 1 << 30  # looked at first, so that the user is told why it was passed over
+        return _UNKNOWN
 
 
 def _step(path: Path) -> int | None:

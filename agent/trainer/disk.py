@@ -15,6 +15,8 @@ SLACK = 16 * MB
 """Left free by a write: other programs write too."""
 
 PROBE = ".probe-"
+DOOMED = ".doomed-"
+"""Before the name of a folder that is being deleted."""
 
 
 class NoRoom(TrainerError):
@@ -110,6 +112,19 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def replace_folder(staging: Path, final: Path) -> None:
+    """Put a finished folder in the place of ``final``; at each moment one of the two is whole on disk."""
+    if final.exists():
+        grave = final.with_name(f"{DOOMED}{final.name}")
+        shutil.rmtree(grave, ignore_errors=True)
+        final.rename(grave)
+        staging.replace(final)
+        shutil.rmtree(grave, ignore_errors=True)
+    else:
+        staging.replace(final)
+    sync_folder(final.parent)
 
 
 def _mb(size: int) -> str:

@@ -9,7 +9,7 @@ import xxhash
 from peft import PeftModel
 from safetensors import safe_open
 
-from agent.trainer.checkpoint import Checkpoints, replace_folder
+from agent.trainer.checkpoint import Checkpoints
 from agent.trainer.disk import (
     NoRoom,
     check_writable,
@@ -17,6 +17,7 @@ from agent.trainer.disk import (
     is_disk_full,
     need_room,
     refusals_told,
+    replace_folder,
     sync_folder,
 )
 from agent.trainer.model import load_base, old_name_allowed

@@ -22,10 +22,11 @@ import torch
 from transformers import TrainerCallback
 
 from agent.trainer import contents, tensorfile
-from agent.trainer.checkpoint import FORMAT, BadCheckpoint, Checkpoints, Found, reading, verify
+from agent.trainer.checkpoint import FORMAT, BadCheckpoint, Checkpoints, Found, verify
 from agent.trainer.inbox import Inbox
 from agent.trainer.progress import Progress
-from agent.trainer.restore import REPLAY
+from agent.trainer.reading import reading
+from agent.trainer.restore import REPLAY, led_to
 from agent.trainer.rewind import FILE as SKIPPED
 from agent.trainer.snapshot import fits_host_memory
 from protocol.jobspec import JobSpec
@@ -143,7 +144,7 @@ class Checking(TrainerCallback):  # type: ignore[misc]
             path = store.path(step)
             with contextlib.suppress(BadCheckpoint):
                 found = verify(path, manifest.job_id)
-                if found.manifest.inputs == manifest.inputs and found.manifest.attempt <= manifest.attempt:
+                if found.manifest.inputs == manifest.inputs and led_to(manifest, found.manifest):
                     return found
         if manifest.step > FROM_START or manifest.lineage:
             raise NotPossible(f"no good checkpoint is left from {wanted} steps before it or earlier")

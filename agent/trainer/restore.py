@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent.trainer.checkpoint import Ancestor, BadCheckpoint, Checkpoints, Found, verify
+from agent.trainer.checkpoint import Ancestor, BadCheckpoint, Checkpoints, Found, Manifest, verify
 from agent.trainer.errors import TrainerError
 from agent.trainer.progress import Progress
 from protocol.failures import FailureReason
@@ -25,6 +25,10 @@ def find(
     A job that branches off begins with the other job's, until it has a good one of its own. None: from the
     beginning. Raises TrainerError.
     """
+    if checkpoints.folder.is_dir():
+        checkpoints.sweep()
+        # Of a trainer that was killed while it checked its resume.
+        shutil.rmtree(checkpoints.folder / REPLAY, ignore_errors=True)
     if start.resume_from:
         path = Path(start.resume_from)
         say(Preparing(Phase.RESTORE, f"Checking the checkpoint {path.name}."))
@@ -32,14 +36,11 @@ def find(
         checkpoints.folder.mkdir(parents=True, exist_ok=True)
         checkpoints.note_origin(start.attempt, path)
         return found, _counters(found)
-    if checkpoints.folder.is_dir():
-        checkpoints.sweep()
-        # Of a trainer that was killed while it checked its resume.
-        shutil.rmtree(checkpoints.folder / REPLAY, ignore_errors=True)
     newest, passed = checkpoints.newest_good()
     for sentence in passed:
         say(Note("warning", sentence))
     if newest is None:
+        _refuse_newer(checkpoints)
         if not start.workspace.branch:
             if passed:
                 say(Note("warning", "No checkpoint could be used, so the job starts from its beginning."))
@@ -54,6 +55,18 @@ def find(
     return newest, _counters(newest)
 
 
+def _refuse_newer(checkpoints: Checkpoints) -> None:
+    """Raise TrainerError where another version of the agent could go on: the job must not begin anew meanwhile."""
+    newer = checkpoints.of_newer_agents()
+    if newer:
+        path, why = newer[-1]
+        raise TrainerError(
+            FailureReason.CHECKPOINT,
+            f"The job cannot go on from its checkpoint {path.name}: {why}. It is untouched.",
+            advice="Update the agent, then retry the job. To begin anew instead, submit it as a new job.",
+        )
+
+
 def lineage(found: Found | None, spec: JobSpec) -> list[Ancestor]:
     """Return the checkpoints of other jobs that this run descends from, the oldest first."""
     if found is None:
@@ -62,6 +75,18 @@ def lineage(found: Found | None, spec: JobSpec) -> list[Ancestor]:
     if manifest.job_id == spec.job_id:
         return before
     return [*before, Ancestor(manifest.job_id, found.path.name, manifest.step, manifest.check)]
+
+
+def led_to(target: Manifest, earlier: Manifest) -> bool:
+    """Tell whether the run came by an earlier checkpoint of its job, rather than went back behind it."""
+    if not target.begun:  # by an older agent
+        return earlier.attempt <= target.attempt
+    until = target.step
+    for attempt, first in reversed(target.begun):
+        if earlier.attempt == attempt:
+            return first <= earlier.step <= until
+        until = first
+    return earlier.attempt < target.begun[0][0] and earlier.step <= until
 
 
 def _verified(path: Path, advice: str) -> Found:

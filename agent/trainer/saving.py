@@ -23,13 +23,13 @@ from agent.trainer.checkpoint import (
     Checkpoints,
     Found,
     make_manifest,
-    reading,
     verify,
 )
 from agent.trainer.curve import Curve
 from agent.trainer.inbox import Inbox, Leaving
 from agent.trainer.keeper import Keeper, Save
 from agent.trainer.progress import FILE, Progress, Schedule
+from agent.trainer.reading import reading
 from agent.trainer.snapshot import Content
 from protocol.worker import Limits, Note, Parameters, Ready
 
@@ -178,6 +178,7 @@ class Saving(Curve):
             versions=job.versions,
             inputs=job.inputs,
             lineage=job.lineage,
+            begun=self._begun(),
         )
         keep = {job.checkpoints.path(step), job.checkpoints.path(progress.best_step)}
         if job.resumed_from is not None:
@@ -193,6 +194,14 @@ class Saving(Curve):
                 began=began,
             )
         )
+
+    def _begun(self) -> list[tuple[int, int]]:
+        """Return the attempts that led here, each with the step that it began after."""
+        job, resumed = self.job, self.job.resumed_from
+        if resumed is None:
+            return [(job.attempt, 0)]
+        before = resumed.manifest.begun if resumed.manifest.job_id == job.job_id else []
+        return [*before, (job.attempt, resumed.manifest.step)]
 
     def _hold_optimizer(self) -> None:
         """Let the optimizer's steps wait for a copy that is being made of what they change."""

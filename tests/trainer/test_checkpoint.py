@@ -19,18 +19,20 @@ from agent.trainer.checkpoint import (
     Checkpoints,
     Found,
     make_manifest,
-    reading,
     verify,
 )
+from agent.trainer.reading import reading
 
 
-def save(store: Checkpoints, step: int, attempt: int = 1, content: bytes = b"weights") -> Found:
+def save(
+    store: Checkpoints, step: int, attempt: int = 1, content: bytes = b"weights", job_id: str = "job"
+) -> Found:
     def fill(folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(content * 100)
         (folder / "part").mkdir()
         (folder / "part" / "optimizer.pt").write_bytes(b"state of %d" % step)
 
-    return store.save(make_manifest("job", step, step / 10, attempt, "schedule"), fill)
+    return store.save(make_manifest(job_id, step, step / 10, attempt, "schedule"), fill)
 
 
 @pytest.fixture
@@ -208,7 +210,7 @@ def test_the_pinned_and_the_one_being_read_stay(store: Checkpoints) -> None:
     workspace.pin(store.folder, "step-1")
     # Another process: a replay, or a job that branches off.
     code = (
-        "import sys, pathlib\nfrom agent.trainer.checkpoint import reading\n"
+        "import sys, pathlib\nfrom agent.trainer.reading import reading\n"
         f"with reading(pathlib.Path({str(store.path(2))!r})):\n    print('in', flush=True)\n    sys.stdin.read()"
     )
     with subprocess.Popen(
@@ -274,16 +276,61 @@ def test_room_is_made_of_the_oldest_and_never_of_the_newest_good_one(store: Chec
     assert steps(store) == [1, 4]
 
 
-def test_one_of_another_job_is_passed_over(tmp_path: Path) -> None:
+def test_one_of_another_job_is_passed_over_and_outlives_this_one(tmp_path: Path) -> None:
     store = Checkpoints(tmp_path / "checkpoints", "other")
-    save(store, 3)
+    theirs = save(store, 3)
     assert store.newest_good() == (
         None,
         ["Checkpoint step-3 was passed over: it is a checkpoint of another job (job)."],
     )
     with pytest.raises(BadCheckpoint, match="another job"):
         verify(store.path(3), "other")
-    assert verify(store.path(3), "job")
+    outlived(store, theirs, job_id="other")
+    assert verify(store.folder / "kept-step-3-attempt-1", "job").manifest == theirs.manifest
+
+
+def outlived(store: Checkpoints, theirs: Found, *, job_id: str) -> None:
+    """Do all that a job does with old checkpoints, and see that this one is kept, byte for byte."""
+    before = contents_of(theirs.path)
+    step, older = theirs.manifest.step, theirs.manifest.step - 1
+    save(store, older, attempt=2, job_id=job_id)
+    save(store, step + 1, attempt=2, job_id=job_id)
+    store.retain(1)
+    assert steps(store) == [step, step + 1]
+    store.make_room(lambda: False)
+    store.retain(0)
+    assert steps(store) == [step]
+    store.sweep()
+    assert contents_of(theirs.path) == before
+    again = save(store, step, attempt=3, job_id=job_id)
+    (kept,) = store.folder.glob("kept-*")
+    assert contents_of(kept) == before
+    assert store.newest_good() == (again, [])
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("prefix", [".staging-", ".doomed-"])
+@pytest.mark.parametrize("again", [False, True])
+def test_what_a_killed_process_left_of_a_newer_agent_is_not_swept_away(
+    prefix: str, again: bool, store: Checkpoints
+) -> None:
+    rewrite(save(store, 6).path / MANIFEST, format=99)
+    before = contents_of(store.path(6))
+    store.path(6).rename(store.folder / f"{prefix}step-6")
+    if again:
+        save_elsewhere(store, 6)
+    store.sweep()
+    name = "kept-step-6-attempt-1" if again else "step-6"
+    assert contents_of(store.folder / name) == before
+
+
+def save_elsewhere(store: Checkpoints, step: int) -> None:
+    """Put a checkpoint where a finished one would be, without touching what else lies there."""
+    other = Checkpoints(store.folder.with_name("elsewhere"))
+    save(other, step).path.rename(store.path(step))
 
 
 def rewrite(path: Path, **changes: object) -> None:
@@ -295,10 +342,56 @@ def rewrite(path: Path, **changes: object) -> None:
 
 def test_one_of_a_newer_format_is_passed_over_with_its_number(store: Checkpoints) -> None:
     older = save(store, 3)
-    rewrite(save(store, 4).path / MANIFEST, format=3, files="in a way that nobody knows yet")
+    newer = save(store, 4)
+    rewrite(newer.path / MANIFEST, format=3, files="in a way that nobody knows yet")
     found, (sentence,) = store.newest_good()
     assert found == older
     assert "newer version of the agent (format 3; this one reads up to 2)" in sentence
+
+
+def test_one_of_a_newer_format_is_never_replaced_or_deleted(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path / "checkpoints", "job")
+    newer = save(store, 4)
+    rewrite(newer.path / MANIFEST, format=99)
+    outlived(store, newer, job_id="job")
+    # An agent that knows the format finds it whole.
+    kept = store.folder / "kept-step-4-attempt-1"
+    rewrite(kept / MANIFEST, format=2)
+    assert verify(kept, "job").manifest == newer.manifest
+
+
+def test_one_whose_manifest_the_disk_does_not_give_is_not_taken_for_rubbish(store: Checkpoints) -> None:
+    newer = save(store, 4)
+    loop(newer.path / MANIFEST)
+    save(store, 5, attempt=2)
+    store.retain(1)
+    store.make_room(lambda: False)
+    assert steps(store) == [4, 5]
+    save(store, 4, attempt=2)
+    (kept,) = store.folder.glob("kept-*")
+    assert (kept / "model.safetensors").read_bytes() == b"weights" * 100
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda path: (path / MANIFEST).unlink(), lambda path: flip(path / MANIFEST)]
+)
+def test_one_with_a_broken_manifest_takes_no_good_ones_place(damage, store: Checkpoints) -> None:
+    damage(save(store, 9).path)
+    save(store, 2, attempt=2)
+    store.retain(2)
+    # Nothing is in want of its place yet.
+    assert steps(store) == [2, 9]
+    save(store, 4, attempt=2)
+    store.retain(2)
+    assert steps(store) == [2, 4]
+
+
+def test_room_is_first_made_of_those_with_a_broken_manifest(store: Checkpoints) -> None:
+    for step in (2, 4, 9):
+        save(store, step)
+    flip(store.path(9) / MANIFEST)
+    assert store.make_room(lambda: False, most=1) == 1
+    assert steps(store) == [2, 4]
 
 
 def test_one_with_a_field_that_this_version_does_not_know_is_whole(store: Checkpoints) -> None:

@@ -11,7 +11,7 @@ import pytest
 from agent.trainer import replay, tensorfile
 from agent.trainer.checkpoint import MANIFEST, Checkpoints, Found, Manifest, _record, seal
 from agent.trainer.inbox import Inbox
-from agent.trainer.restore import REPLAY
+from agent.trainer.restore import REPLAY, led_to
 from protocol.jobspec import LoraSpec
 from protocol.worker import Left, Note, Parameters, ParametersSet, Pause, SetParameters, Verified
 from tests.trainer.conftest import Jobs, RecordingLine
@@ -101,6 +101,47 @@ def test_a_live_parameter_is_set_again_at_its_step(jobs: Jobs) -> None:
     verdict = replay.replay(request, os.getppid()).verdict
     assert verdict is not None
     assert verdict.equal, verdict.detail
+
+
+def test_it_does_not_go_from_a_checkpoint_that_the_run_had_gone_back_behind(jobs: Jobs) -> None:
+    training = {**TRAINING, "save_total_limit": 9}
+    jobs.run("job", {4: [Pause()]}, training=training)
+    back = str(jobs.checkpoints() / "step-2")
+    other = {3: [SetParameters(Parameters(learning_rate=1e-3))], 6: [Pause()]}
+    told = jobs.run("job", other, attempt=2, resume_from=back, training=training)
+    (taken,) = told.of(ParametersSet)
+    abandoned = Checkpoints(jobs.checkpoints()).path(5)
+    assert verify_loosely(abandoned).attempt == 1
+    request = request_of(jobs, applied=[(taken.step, taken.parameters)], parameters=taken.parameters)
+    assert (request.first, request.last) == (5, 7)
+    verdict = replay.replay(request, os.getppid()).verdict
+    assert verdict is not None
+    assert verdict.equal, verdict.detail
+
+
+@pytest.mark.parametrize(
+    ("begun", "led", "not_led"),
+    [
+        # Attempt 2 went back to step 2, and attempt 5 went on from its step 6.
+        (
+            [(1, 0), (2, 2), (5, 6)],
+            [(1, 1), (1, 2), (2, 4), (2, 6), (5, 7)],
+            [(1, 3), (1, 5), (2, 7), (3, 4), (4, 6), (0, 1), (6, 7)],
+        ),
+        # Older agents did not say it.
+        ([], [(1, 3), (5, 7)], [(6, 7)]),
+        ([(4, 6), (5, 7)], [(1, 3), (3, 6), (4, 6), (5, 8)], [(1, 7), (4, 8), (6, 7)]),
+    ],
+)
+def test_which_checkpoints_led_to_another(
+    begun: list[tuple[int, int]], led: list[tuple[int, int]], not_led: list[tuple[int, int]]
+) -> None:
+    def made(attempt: int, step: int) -> Manifest:
+        return Manifest(job_id="job", step=step, epoch=1.0, attempt=attempt, reason="schedule", time=1.0)
+
+    target = msgspec.structs.replace(made(5, 8), begun=begun)
+    assert [led_to(target, made(*one)) for one in led] == [True] * len(led)
+    assert [led_to(target, made(*one)) for one in not_led] == [False] * len(not_led)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from agent.trainer import run
-from agent.trainer.checkpoint import Ancestor, Found, make_manifest, verify
+from agent.trainer.checkpoint import MANIFEST, Ancestor, Found, Manifest, make_manifest, seal, verify
 from agent.trainer.errors import TrainerError
 from agent.trainer.restore import lineage
 from protocol.failures import FailureReason
@@ -121,3 +121,53 @@ def test_what_a_killed_check_left_is_cleared(jobs: Jobs) -> None:
     left.mkdir(parents=True)
     jobs.run("job", attempt=2, training={"save_steps": 2})
     assert not left.exists()
+
+
+def of_a_newer_agent(checkpoint: Path, number: int = 99) -> None:
+    """Make a checkpoint one that this version of the agent cannot read."""
+    told = msgspec.json.decode((checkpoint / MANIFEST).read_bytes(), type=Manifest)
+    (checkpoint / MANIFEST).write_bytes(
+        msgspec.json.encode(seal(msgspec.structs.replace(told, format=number)))
+    )
+
+
+def test_a_job_whose_checkpoints_only_a_newer_agent_reads_does_not_begin_anew(jobs: Jobs) -> None:
+    untouched = jobs.run("untouched")
+    jobs.run("job", {3: [Pause()]})
+    of_a_newer_agent(jobs.checkpoints() / "step-4")
+    with pytest.raises(TrainerError) as caught:
+        jobs.run("job", attempt=2)
+    assert caught.value.reason is FailureReason.CHECKPOINT
+    assert caught.value.sentence == (
+        "The job cannot go on from its checkpoint step-4: it was written by a newer version of the agent (format 99; "
+        "this one reads up to 2). It is untouched."
+    )
+    assert "Update the agent" in caught.value.advice
+    assert not jobs.output().exists()
+    # Once the agent is updated, all is as it was.
+    of_a_newer_agent(jobs.checkpoints() / "step-4", 2)
+    line = jobs.run("job", attempt=3)
+    assert line.of(Ready)[0].start_step == 4
+    assert line.last.weights_hash == untouched.last.weights_hash
+
+
+def test_beside_a_good_one_that_of_a_newer_agent_is_kept(jobs: Jobs) -> None:
+    training = {"save_steps": 2, "save_total_limit": 1}
+    untouched = jobs.run("untouched", training=training)
+    jobs.run("job", {5: [Pause()]}, training={"save_steps": 2})
+    of_a_newer_agent(jobs.checkpoints() / "step-6")
+    line = jobs.run("job", attempt=2, training=training)
+    assert line.of(Ready)[0].start_step == 4
+    assert line.last.weights_hash == untouched.last.weights_hash
+    kept = jobs.checkpoints() / "kept-step-6-attempt-1"
+    of_a_newer_agent(kept, 2)
+    assert verify(kept, "job").manifest.step == 6
+
+
+def test_a_branch_does_not_begin_anew_where_its_own_is_of_a_newer_agent(jobs: Jobs) -> None:
+    jobs.run("run-1", {3: [Pause()]})
+    branched(jobs, "run-2", 4, {6: [Pause()]})
+    of_a_newer_agent(jobs.checkpoints("run-2") / "step-7")
+    with pytest.raises(TrainerError, match="newer version"):
+        branched(jobs, "run-2", 4, attempt=2)
+    assert (jobs.checkpoints("run-2") / "step-7").is_dir()

@@ -422,9 +422,11 @@ def test_a_place_that_cannot_be_written_is_found_before_the_first_step(
     assert not line.of(Ready)
 
 
-def test_a_checkpoint_of_another_job_is_not_taken(jobs: Jobs) -> None:
+def test_a_checkpoint_of_another_job_is_not_taken_and_not_destroyed(jobs: Jobs) -> None:
     jobs.run("other", training={"max_steps": 2})
     shutil.copytree(jobs.checkpoints("other"), jobs.checkpoints())
     line = jobs.run("job", training={"max_steps": 2})
     assert line.of(Ready)[0].start_step == 0
     assert notes(line)[0] == ("Checkpoint step-2 was passed over: it is a checkpoint of another job (other).")
+    assert verify(jobs.checkpoints() / "step-2", "job")
+    assert verify(jobs.checkpoints() / "kept-step-2-attempt-1", "other")
