@@ -5,7 +5,6 @@ into the file.
 """
 
 import re
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import httpx
@@ -21,6 +20,8 @@ from agent.net.choice import Polls
 from agent.net.retry import can_retry, closed_for_good
 from agent.net.websocket import decided, wrong_subprotocol
 from protocol.messages import Close
+from tests.protocol import answers
+from tests.protocol.answers import grouped, table
 
 README = Path(protocol.__file__).parent / "README.md"
 URL = "{address}"
@@ -47,25 +48,6 @@ WHEN = {
     Close.OVERSIZE: "a frame larger than allowed, again and again",
 }
 """When a backend sends a code; the one column that no code of the agent knows."""
-
-
-def grouped(numbers: Iterable[int], outcome: Callable[[int], tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Return a row for each outcome, with the numbers that have it as ranges in its first cell."""
-    found: dict[tuple[str, ...], list[list[int]]] = {}
-    for number in numbers:
-        spans = found.setdefault(outcome(number), [])
-        if spans and spans[-1][1] == number - 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return [
-        (", ".join(str(lo) if lo == hi else f"{lo}-{hi}" for lo, hi in spans), *cells)
-        for cells, spans in found.items()
-    ]
-
-
-def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, tuple("---" for _ in head), *rows))
 
 
 def _dialled(error: Exception, was_ours: bool) -> tuple[str, str]:
@@ -123,30 +105,6 @@ def close_codes_table() -> str:
     return table(("code", "name", "sent when", "dials again", "the user reads"), rows)
 
 
-def _append(status: int) -> tuple[str, ...]:
-    try:
-        answer = httpx.Response(status, json={"error": "{error}"})
-        client._read(answer, answer.content, "{route}")
-    except client.Unreached:
-        return "yes, after `Retry-After` or a minute: nothing was done"
-    except client.Unclear:
-        return "yes, and it may have been done: the same range again, or read back first"
-    except client.Said as said:
-        if said.gone:
-            return "no: the job is gone, and what is held of the stream is dropped"
-        if status == 409:
-            return "from the `ack` of the answer on"
-        if status == 413:
-            return "by halves; one record alone becomes a tombstone (`oversize`), a state goes without its evidence first"
-        return "yes, after at most 30 s; the job's points and lines wait for its states, other jobs do not"
-    return "stored: the `ack` of the answer counts"
-
-
-def appends_table() -> str:
-    """Return the table of answers to an append."""
-    return table(("status", "sends again"), grouped(range(200, 600), lambda status: (_append(status),)))
-
-
 def _poll(status: int) -> tuple[str, ...]:
     try:
         answer = httpx.Response(status, json={"error": "{error}"})
@@ -190,8 +148,10 @@ TABLES = {
     "upgrade": upgrade_table,
     "upgrade-later": upgrade_later_table,
     "close-codes": close_codes_table,
-    "appends": appends_table,
+    "appends": answers.appends_table,
     "poll": poll_table,
+    "claim": answers.claim_table,
+    "hosted": answers.hosted_table,
     "dataset": dataset_table,
 }
 
