@@ -1,9 +1,13 @@
 """Many agents lose their hub at one moment, and come back without a storm and without a loss."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import anyio
+import pytest
 
 from tests.support.fleet import POINTS, Fleet
-from tests.support.programs import Hub
+from tests.support.recording import RecordingHub
 
 WINDOW = 60.0
 """Seconds: the widest window that a wait between dials is drawn from."""
@@ -11,10 +15,18 @@ AGENTS = 500
 """Fewer would not do: of a hundred, a tenth in a hundred milliseconds is chance."""
 
 
-def test_five_hundred_agents_come_back_as_a_drizzle(hub: Hub) -> None:
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[RecordingHub]:
+    started = RecordingHub(tmp_path / "hub").start()
+    yield started
+    started.stop()
+
+
+def test_five_hundred_agents_come_back_as_a_drizzle(hub: RecordingHub) -> None:
     storm = anyio.run(Fleet(hub, AGENTS).storm, 3.0)
     print(storm)
     assert storm.worst_tenth <= AGENTS / 10
-    assert max(storm.returns) - storm.back <= WINDOW + 5
+    # The longest wait, and what a busy machine needs to connect.
+    assert max(storm.returns) - storm.back <= WINDOW + 30
     assert (storm.lost, storm.doubled) == (0, 0)
-    assert sum(map(len, storm.points.values())) == 2 * POINTS * AGENTS
+    assert storm.took.total() == 2 * POINTS * AGENTS

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from protocol.messages import Lane
 from tests.support.programs import Agent, Hub, fake_config, wait_until
+from tests.support.recording import RecordingHub
 from tests.support.upgrades import ProxyThread
 
 
@@ -20,18 +22,9 @@ def steps(hub: Hub, job: str) -> list[int]:
     return [point["step"] for point in hub.metrics(job)]
 
 
-def stored(hub: Hub, job: str) -> int:
-    """Return how many rows of points the hub holds of a job: one a step, if none came twice."""
-    with sqlite3.connect(f"file:{hub.data / 'hub.sqlite3'}?mode=ro", uri=True) as db:
-        (count,) = db.execute(
-            "SELECT count(*) FROM points WHERE job=(SELECT seq FROM jobs WHERE id=?)", (job,)
-        ).fetchone()
-    return int(count)
-
-
 @pytest.mark.parametrize("manner", ["refuse", pytest.param("abort", marks=pytest.mark.slow)])
 def test_a_job_runs_and_is_steered_where_no_socket_can_be_had(tmp_path: Path, manner: str) -> None:
-    hub = Hub(tmp_path / "hub").start()
+    hub = RecordingHub(tmp_path / "hub").start()
     try:
         with ProxyThread(hub.port, manner) as proxy:
             agent = Agent(tmp_path / "agent", proxy.url, POLL_INTERVAL_SECONDS="2").start()
@@ -46,7 +39,7 @@ def test_a_job_runs_and_is_steered_where_no_socket_can_be_had(tmp_path: Path, ma
                 wait_until(lambda: len(steps(hub, job)) == 150, "the whole curve")
                 wait_until(lambda: hub.logs(job)[-1:] == ["step 150 of 150"], "the whole log")
                 assert agent.stop() == 0
-                assert steps(hub, job) == list(range(1, 151)) and stored(hub, job) == 150
+                assert steps(hub, job) == list(range(1, 151)) and hub.took(Lane.METRICS)[job] == 150
                 own = (agent.home / "logs" / f"{job}.log").read_text().splitlines()
                 assert hub.logs(job) == own
             finally:
@@ -81,7 +74,7 @@ def test_a_quiet_job_is_retried_and_says_its_last_words_where_agents_poll(tmp_pa
 
 
 def test_each_record_goes_one_way_while_the_ways_change(tmp_path: Path) -> None:
-    hub = Hub(tmp_path / "hub").start()
+    hub = RecordingHub(tmp_path / "hub").start()
     try:
         with ProxyThread(hub.port) as proxy:
             agent = Agent(tmp_path / "agent", proxy.url).start()
@@ -101,7 +94,7 @@ def test_each_record_goes_one_way_while_the_ways_change(tmp_path: Path) -> None:
                 wait_until(lambda: len(steps(hub, job)) == 250, "the whole curve")
                 wait_until(lambda: hub.logs(job)[-1:] == ["step 250 of 250"], "the whole log")
                 assert agent.stop() == 0
-                assert steps(hub, job) == list(range(1, 251)) and stored(hub, job) == 250
+                assert steps(hub, job) == list(range(1, 251)) and hub.took(Lane.METRICS)[job] == 250
                 own = (agent.home / "logs" / f"{job}.log").read_text().splitlines()
                 assert hub.logs(job) == own
                 ways = re.findall(r"connected to ws|no socket to be had", agent.output)

@@ -9,16 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.link import trainer
-from tests.support.programs import ROOT, Agent, Hub, clean_env, end, wait_until
+from tests.support.programs import ROOT, Agent, clean_env, end, wait_until
+from tests.support.recording import RecordingHub
 
 HEARTBEAT = 2.0
 """Seconds; a silent link is dead after 2.5 of them."""
-
-
-class RecordingHub(Hub):
-    """Starts the hub of this package."""
-
-    module = "tests.link.hub"
 
 
 class RecordingAgent(Agent):
