@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -51,6 +52,8 @@ class Link(RuleBasedStateMachine):
         self.applies: deque[Apply] = deque()
         self.late: list[tuple[Key, int, list[bytes]]] = []
         """REST appends that may be carried out at any time."""
+        self.took: list[int] = []
+        """Step of each point that the hub stored, as often as it did: its table holds none twice."""
 
     @initialize()
     def begin(self) -> None:
@@ -195,6 +198,7 @@ class Link(RuleBasedStateMachine):
             return gap.ack
         if not killed:
             self.db.execute("COMMIT")
+            self.took += [point.step for point, _ in done.points]
         return done.ack
 
     @precondition(lambda self: self.late)
@@ -296,7 +300,7 @@ class Link(RuleBasedStateMachine):
         have, total = logs.read(self.db, JOB, 10_000, 0)
         assert (have, total) == (self.lines, len(self.lines))
         steps = [row[0] for row in self.db.execute("SELECT step FROM points ORDER BY step, part")]
-        assert steps == list(range(1, self.steps + 1))
+        assert steps == self.took == list(range(1, self.steps + 1))
 
 
 Link.TestCase.settings = settings(
@@ -307,3 +311,11 @@ Link.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 TestLink = Link.TestCase
+
+
+class LongLink(Link):
+    """The long form: some ten minutes, more where a disk is slow."""
+
+
+LongLink.TestCase.settings = settings(Link.TestCase.settings, max_examples=2_000, stateful_step_count=80)
+TestLongLink = pytest.mark.slow(LongLink.TestCase)
