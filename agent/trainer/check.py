@@ -18,6 +18,7 @@ from agent.trainer import (
     meter,
     methods,
     probe,
+    settings,
     sizes,
     templates,
 )
@@ -59,6 +60,8 @@ def _look(order: Check, inbox: Inbox) -> Estimate:
     tokenizer = load_tokenizer(spec, space, limits)
     inbox.line.say(Preparing(Phase.CHECK, "Checking every row of the data set."))
     prepared = data.prepare(spec, space, tokenizer, limits, note, inbox.leave_if_told)
+    if idle := settings.in_vain(spec, held_out=prepared.eval is not None):
+        note("warning", idle)
     precision = choose_precision(spec, limits, note)
     config = config_of(spec, space, limits)
     sample = _sample(prepared)

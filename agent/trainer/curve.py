@@ -244,7 +244,6 @@ class Curve(_Trainer):  # type: ignore[misc]
                 reason, words = healing.reason_of(error), healing.words_of(error)
             else:
                 measures["perplexity"] = perplexity(measures["eval_loss"])
-                self._check_metric(measures)
                 return measures
             healing.make_room()
             if again or not self._evaluated:
@@ -276,15 +275,6 @@ class Curve(_Trainer):  # type: ignore[misc]
                 f"there are {progress.eval_batch}. The held-out loss is the same.",
             )
         )
-
-    def _check_metric(self, measures: dict[str, float]) -> None:
-        metric = self.job.schedule.metric
-        if metric not in measures:
-            raise TrainerError(
-                FailureReason.SPEC,
-                f"training.metric_for_best: an evaluation of this job has no measure {metric}; it has "
-                f"{', '.join(sorted(measures))}.",
-            )
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _weigh_all(self) -> dict[str, float]:

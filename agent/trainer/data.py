@@ -11,7 +11,7 @@ import msgspec
 import numpy
 import xxhash
 
-from agent.trainer import templates
+from agent.trainer import settings, templates
 from agent.trainer.checking import NoRows
 from agent.trainer.errors import TrainerError
 from agent.trainer.readers import unreadable
@@ -76,7 +76,7 @@ def prepare(
     ``tokenizer`` gets the job's chat template, if it names one. The rows lie in the workspace's
     cache until `discard`. Raises TrainerError, whose sentence names the row.
     """
-    check_spec(spec)
+    settings.check(spec)
     origin = templates.set_template(tokenizer, spec.tokenizer.chat_template)
     discard(spec, workspace)
     folder, data = _folder(spec, workspace), spec.data
@@ -138,31 +138,6 @@ def prepare(
         training.source,
         tuple(digests),
     )
-
-
-def check_spec(spec: JobSpec) -> None:
-    """Raise TrainerError where the job's settings for its data contradict one another."""
-    data, training = spec.data, spec.training
-    pairs = spec.method is Method.DPO
-    why = ""
-    if pairs and data.format not in (DataFormat.AUTO, DataFormat.PREFERENCE):
-        why = f"data.format: the method dpo trains on preference pairs, not on {data.format}. Set preference or auto."
-    elif not pairs and data.format is DataFormat.PREFERENCE:
-        why = f"data.format: preference pairs are for the method dpo, and the method is {spec.method}."
-    elif pairs and training.packing:
-        why = "training.packing: the two sides of a preference pair cannot be packed. Turn packing off."
-    elif data.streaming and not training.max_steps:
-        why = (
-            "data.streaming: how many rows there are is not known while they are streamed, so training.max_steps "
-            "must say when to end. Set it, or turn streaming off."
-        )
-    elif data.streaming and training.group_by_length:
-        why = (
-            "training.group_by_length: rows that are streamed cannot be grouped, as their lengths are not known "
-            "beforehand. Turn it or data.streaming off."
-        )
-    if why:
-        raise TrainerError(FailureReason.SPEC, why)
 
 
 def _table(read: Reading, spec: JobSpec, source: str, folder: Path, fraction: float, note: Note) -> _Training:

@@ -119,26 +119,17 @@ def build(
         if spec.lora is not None and spec.lora.dropout:
             note = "lora.dropout has no effect with dpo: the model and its reference are compared without dropout."
             job.inbox.line.say(Note("warning", note))
-    try:
-        with old_name_allowed():
-            trainer: Any = trainer_class(spec.method)(
-                model=loaded.model,
-                args=args,
-                train_dataset=train,
-                eval_dataset=held_out,
-                processing_class=tokenizer,
-                peft_config=loaded.adapter,
-                job=job,
-                **wanted,
-            )
-    except ImportError as error:
-        raise TrainerError(
-            FailureReason.SPEC, f"training.optim: {training_needs(spec)} ({str(error).splitlines()[0]})"
-        ) from error
+    with old_name_allowed():
+        trainer: Any = trainer_class(spec.method)(
+            model=loaded.model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            peft_config=loaded.adapter,
+            job=job,
+            **wanted,
+        )
     if source is not None:
         trainer.train_dataset = Stream(trainer.train_dataset, source)
     return trainer
-
-
-def training_needs(spec: JobSpec) -> str:
-    return f"{spec.training.optim} needs a package that is not installed here; use adamw_torch"

@@ -150,7 +150,7 @@ WORDS: list[tuple[str, FailureReason, str, str]] = [
         "",
     ),
     (
-        r"requires the following packages|No module named|cannot import name",
+        r"requires the following packages|No module named|cannot import name|(You need to|Please) (install|have) ",
         R.MODEL,
         "A Python package that the model or the job needs is not installed: {first}",
         "Install it where the agent is installed, or choose a model that does without.",

@@ -7,7 +7,18 @@ from typing import Any
 import msgspec
 from datasets.exceptions import DatasetGenerationError
 
-from agent.trainer import data, determinism, fingerprints, inputs, memory, methods, replay, restore, samples
+from agent.trainer import (
+    data,
+    determinism,
+    fingerprints,
+    inputs,
+    memory,
+    methods,
+    replay,
+    restore,
+    samples,
+    settings,
+)
 from agent.trainer.checkpoint import Checkpoints, Found
 from agent.trainer.control import ControlledSFTTrainer
 from agent.trainer.disk import NoRoom, check_writable
@@ -121,8 +132,11 @@ class _Run:
         prepared = data.prepare(
             spec, start.workspace, tokenizer, start.limits, self._note, inbox.leave_if_told
         )
+        branches = found is not None and found.manifest.job_id != spec.job_id
+        idle = settings.in_vain(spec, held_out=prepared.eval is not None)
+        if idle and (found is None or branches):  # one that goes on has been told
+            self._note("warning", idle)
         if prepared.source is not None:
-            branches = found is not None and found.manifest.job_id != spec.job_id
             prepared.source.accepts_changes = start.accept_changes or branches
         inbox.leave_if_told()
         self._say(Phase.LOAD, f"Loading the model {Path(where).name}.")

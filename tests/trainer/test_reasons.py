@@ -159,6 +159,8 @@ class GatedRepoError(OSError):
         ),
         (OSError("x/y is not a local folder and is not a valid model identifier"), "model", "nothing under"),
         (ModuleNotFoundError("No module named 'einops'"), "model", "einops"),
+        (ImportError("You need to have `torchao>=0.4.0` in order to use it."), "model", "torchao"),
+        (ValueError("Please install grokadamw with `pip install grokadamw`"), "model", "grokadamw"),
         (RuntimeError("No space left on device (os error 28)"), "disk_full", "full"),
     ],
 )
