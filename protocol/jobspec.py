@@ -4,7 +4,7 @@ from enum import StrEnum
 from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, inspect
 
 Text = Annotated[str, Meta(max_length=4096)]
 Positive = Annotated[int, Meta(ge=1, le=1_000_000_000)]
@@ -168,7 +168,7 @@ class TrainingSpec(Part, frozen=True, kw_only=True):
     dataloader_prefetch_factor: Annotated[int, Meta(ge=1, le=64)] | None = None
     dataloader_pin_memory: bool = True
     early_stopping_patience: Positive | None = None
-    early_stopping_threshold: Annotated[float, Meta(ge=0)] = 0.0
+    early_stopping_threshold: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     metric_for_best: Annotated[str, Meta(max_length=64)] = "eval_loss"
     """The measure of an evaluation by which the best checkpoint is chosen and early stopping counts."""
     load_best_at_end: bool = False
@@ -180,6 +180,21 @@ class TrainingSpec(Part, frozen=True, kw_only=True):
     spike_factor: Annotated[float, Meta(gt=1, le=1e6)] | None = None
     """A loss beyond this many times the recent mean is a spike; None: only NaN and infinity count."""
     max_rewinds: Annotated[int, Meta(ge=1, le=1000)] = 3
+
+
+def not_within(name: str, value: float) -> str:
+    """Return what a number of TrainingSpec must be where ``value`` is not that, and "" where it is."""
+    try:
+        msgspec.convert({name: value}, TrainingSpec)
+    except msgspec.ValidationError:
+        part = inspect.type_info(TrainingSpec)
+        assert isinstance(part, inspect.StructType)
+        found = next(field.type for field in part.fields if field.name == name)
+        kinds = found.types if isinstance(found, inspect.UnionType) else (found,)
+        one = next(kind for kind in kinds if isinstance(kind, inspect.IntType | inspect.FloatType))
+        low = f"at least {one.ge:.12g}" if one.gt is None else f"above {one.gt:.12g}"
+        return f"{low} and at most {one.le:.12g}"
+    return ""
 
 
 class OutputSpec(Part, frozen=True, kw_only=True):

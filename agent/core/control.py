@@ -7,7 +7,7 @@ import msgspec
 from agent.core.effects import Ask, Effect, Report
 from agent.core.job import Job, react, report, settle
 from agent.errors import NotPossible
-from protocol.jobspec import BadSpec
+from protocol.jobspec import BadSpec, not_within
 from protocol.lifecycle import HAS_WORKER, TERMINAL, JobState, Trigger, Want, cannot
 from protocol.messages import CommandKind, Desired, Lane
 from protocol.records import JobStatus, Notice
@@ -132,11 +132,15 @@ def news(old: Parameters, new: Parameters) -> Parameters:
 def usable(parameters: Parameters) -> tuple[Parameters, list[str]]:
     """Return the values that a run can be given, and a sentence on each other one. No door checks them before."""
     given = {name: value for name, value in msgspec.structs.asdict(parameters).items() if value is not None}
-    bad = {name: value for name, value in given.items() if not 0 < value < float("inf")}
+    bad = {name: must for name, value in given.items() if (must := _must(name, value))}
     kept = Parameters(**{name: value for name, value in given.items() if name not in bad})
-    return kept, [
-        f"{name}: {value} cannot be set; it must be a number above 0." for name, value in bad.items()
-    ]
+    return kept, [f"{name}: {given[name]} cannot be set; it must be {must}." for name, must in bad.items()]
+
+
+def _must(name: str, value: float) -> str:
+    if name == "step_rows":  # a trainer's own, which no job names
+        return "" if value > 0 else "above 0"
+    return not_within(name, value)
 
 
 def wanted(

@@ -21,6 +21,7 @@ from agent.core.ports import CheckpointView, Desk
 from agent.errors import AgentError, BadJob, NotPossible, UnknownJob
 from agent.local import prometheus, views
 from agent.local.auth import Guard
+from protocol.jobspec import not_within
 from protocol.lifecycle import JobState, Want
 from protocol.messages import CommandKind
 from protocol.rest import STATUS, Branch, Execute
@@ -55,7 +56,7 @@ class _Pin(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class _Update(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Live parameters, with what no value of theirs may be."""
+    """Live parameters; their limits are those of a job."""
 
     learning_rate: float | None = None
     batch_size: int | None = None
@@ -67,8 +68,8 @@ class _Update(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         for name, value in msgspec.structs.asdict(self).items():
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be above 0")
+            if value is not None and (must := not_within(name, value)):
+                raise ValueError(f"{name} must be {must}, not {value:g}")
 
 
 def build(desk: Desk, settings: Settings, token: str) -> Starlette:

@@ -6,11 +6,8 @@ import msgspec
 from torch.optim.lr_scheduler import LambdaLR
 
 from agent.trainer.progress import Progress
+from protocol.jobspec import not_within
 from protocol.worker import Note, Parameters, ParametersSet
-
-MOST = 65_536
-"""Rows of a micro-batch, and micro-batches of a step; as in a job."""
-
 
 BATCH = frozenset(("batch_size", "gradient_accumulation_steps", "step_rows"))
 """What belongs together."""
@@ -71,10 +68,12 @@ def set_parameters(trainer: Any) -> None:
 def _set(trainer: Any, name: str, value: Any) -> str:
     """Put one parameter in force; return a sentence if that cannot be done."""
     schedule = trainer.job.schedule
-    if not value > 0:
-        return f"{name} must be greater than 0, not {value}."
+    if name == "step_rows":  # what a step was cut into is found out here, and named by nobody
+        return ""
+    if must := not_within(name, value):
+        return f"{name} must be {must}, not {value}."
     if name in BATCH:
-        return f"{name} must be at most {MOST}, not {value}." if value > MOST else ""
+        return ""
     if name == "learning_rate":
         return _set_learning_rate(trainer, value)
     if name == "early_stopping_patience":

@@ -331,7 +331,7 @@ def test_commands_need_a_running_worker() -> None:
         order_for(CommandKind.RETRY, "c", job())
 
 
-@pytest.mark.parametrize("value", [0.0, -1e-4, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [0.0, -1e-4, 100.1, float("nan"), float("inf")])
 def test_a_value_that_no_run_can_have_is_refused_by_both_doors(value: float) -> None:
     bad = Parameters(learning_rate=value, save_steps=5)
     with pytest.raises(NotPossible, match="learning_rate"):
@@ -344,4 +344,4 @@ def test_a_value_that_no_run_can_have_is_refused_by_both_doors(value: float) -> 
         for effect in effects
         if isinstance(effect, Report) and isinstance(effect.record, Notice)
     ]
-    assert "learning_rate" in told.text
+    assert told.text.endswith(f"learning_rate: {value} cannot be set; it must be above 0 and at most 100.")

@@ -265,9 +265,15 @@ def test_live_parameters(door: Api) -> None:
         b'{"batch_size": 0}',
         b'{"learning_rat": 1}',
         b'{"batch_size": 1.5}',
+        b'{"early_stopping_patience": 0}',
+        b'{"learning_rate": 1e300}',
     ):
         status, said = patch(body)
         assert status == 400 and said["error"]
+    assert (
+        "learning_rate must be above 0 and at most 100, not 101"
+        in patch(b'{"learning_rate": 101}')[1]["error"]
+    )
     assert len(door.desk.asked) == 1
 
 

@@ -1,5 +1,6 @@
 """Parameters that change while a job trains."""
 
+import math
 from typing import Any
 
 import pytest
@@ -105,14 +106,26 @@ def test_what_cannot_be_set_is_refused_with_a_sentence_and_the_rest_is_taken(job
     line = jobs.run("job", {2: [SetParameters(Parameters(batch_size=100_000, save_steps=3, eval_steps=5))]})
     (told,) = line.of(ParametersSet)
     assert told.parameters == Parameters(save_steps=3)
-    assert "batch_size must be at most 65536" in told.refused
+    assert "batch_size must be at least 1 and at most 65536, not 100000." in told.refused
     assert "eval_steps has no effect" in told.refused
 
 
-def test_a_learning_rate_of_nothing_is_refused(jobs: Jobs) -> None:
-    line = jobs.run("job", {2: [SetParameters(Parameters(learning_rate=-1.0))]})
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (Parameters(learning_rate=-1.0), "learning_rate must be above 0 and at most 100, not -1.0."),
+        (Parameters(learning_rate=math.inf), "learning_rate must be above 0 and at most 100, not inf."),
+        (Parameters(learning_rate=math.nan), "learning_rate must be above 0 and at most 100, not nan."),
+        (
+            Parameters(early_stopping_patience=0),
+            "early_stopping_patience must be at least 1 and at most 1000000000, not 0.",
+        ),
+    ],
+)
+def test_what_a_job_may_not_have_is_refused_while_it_runs(value: Parameters, why: str, jobs: Jobs) -> None:
+    line = jobs.run("job", {2: [SetParameters(value)]}, training={"max_steps": 4})
     (told,) = line.of(ParametersSet)
-    assert told.refused == "learning_rate must be greater than 0, not -1.0."
+    assert (told.refused, told.parameters) == (why, Parameters())
 
 
 def test_what_was_set_after_the_checkpoint_is_replayed_at_its_step(jobs: Jobs) -> None:
