@@ -11,6 +11,7 @@ import msgspec
 
 from agent.config import Settings
 from agent.core.control import parsed
+from agent.core.explain import without_effect
 from agent.errors import BadJob, JobFailed
 from agent.program import Program
 from agent.runtime import workspace as places
@@ -54,6 +55,8 @@ async def check(
         spec = job_spec(job_id, parsed(msgspec.json.encode(config).decode()), dataset_path, name)
     except BadSpec as error:
         raise BadJob(str(error)) from None
+    if text := without_effect(config):
+        tell("warning", text)
     await anyio.Path(settings.agent_home).mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(prefix="check-", dir=settings.agent_home) as folder:
         home = Path(folder)

@@ -79,9 +79,11 @@ def test_a_job_that_fits(home: Path) -> None:
 def test_a_job_whose_data_is_bad(home: Path) -> None:
     rows = [*chat_rows(3), {"messages": "hello"}]
     write_jsonl(home / "datasets" / "bad.jsonl", rows)
-    code, out, err = called(home, "check", job(home.parent, dataset_path="bad.jsonl"))
+    asked = {"tensorboard": {"enabled": True}}
+    code, out, err = called(home, "check", job(home.parent, dataset_path="bad.jsonl", **asked))
     assert code == 11 and not out
     assert "bad.jsonl" in err and "4" in err
+    assert "warning: Asked for in the job's config, and not done by this agent: tensorboard." in err
 
 
 @pytest.mark.parametrize(

@@ -227,8 +227,8 @@ def _calmer(job: Job, spec: JobSpec, evidence: Evidence) -> str:
     return " ".join(said)
 
 
-def without_effect(config: Mapping[str, Any]) -> list[str]:
-    """Return the paths of what a good ``config`` asks for and this agent does not do."""
+def without_effect(config: Mapping[str, Any]) -> str:
+    """Return a sentence on what a good ``config`` asks for and this agent does not do, "" where it does all."""
     training = config.get("training") or {}
     asked = {
         "predictions": config.get("predictions"),
@@ -236,7 +236,12 @@ def without_effect(config: Mapping[str, Any]) -> list[str]:
         "training.distributed": training.get("distributed"),
         "training.checkpoint_resume": training.get("checkpoint_resume") or config.get("checkpoint_resume"),
     }
-    return [path for path, part in asked.items() if isinstance(part, Mapping) and _is_on(part)]
+    names = [path for path, part in asked.items() if isinstance(part, Mapping) and _is_on(part)]
+    if training.get("use_streaming") and not training.get("max_steps"):
+        names.append(
+            "training.use_streaming (training.max_steps must say when to end, so the rows are a table)"
+        )
+    return f"Asked for in the job's config, and not done by this agent: {', '.join(names)}." if names else ""
 
 
 def _is_on(part: Mapping[str, Any]) -> bool:

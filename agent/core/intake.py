@@ -220,8 +220,7 @@ def _ready(job: Job, event: Ready, now: float) -> tuple[Job, list[Effect]]:
         event.facts,
     )
     job, effects = react(job, Trigger.WORKER_READY, now=now)
-    if first and (asked := without_effect(parsed(job.config))):
-        text = f"Asked for in the job's config, and not done by this agent: {', '.join(asked)}."
+    if first and (text := without_effect(parsed(job.config))):
         job, told = note(job, "warning", text, now=now)
         effects = [*effects, told]
     return job, [_control(job, facts), *effects]

@@ -271,6 +271,13 @@ def test_what_the_config_asks_for_in_vain_is_told_once() -> None:
         == "Asked for in the job's config, and not done by this agent: predictions, training.distributed."
     )
     assert new.notes == [told.text]
+    streamed = '{"training": {"use_streaming": true, "max_steps": null}}'
+    assert after(ready, msgspec.structs.replace(waiting, config=streamed))[0].notes == [
+        "Asked for in the job's config, and not done by this agent: training.use_streaming "
+        "(training.max_steps must say when to end, so the rows are a table)."
+    ]
+    ended = '{"training": {"use_streaming": true, "max_steps": 5}}'
+    assert not after(ready, msgspec.structs.replace(waiting, config=ended))[0].notes
     again = msgspec.structs.replace(new, state=S.PREPARING, attempt=3, heard=0)
     assert not [record for record in after(ready, again)[1] if isinstance(record, Notice)]
     assert not after(ready, msgspec.structs.replace(waiting, config="{}"))[0].notes
