@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from agent.trainer import disk
 from agent.trainer.disk import NoRoom, check_writable, has_room, is_disk_full, need_room, refusals_told
 from agent.trainer.errors import TrainerError
 from protocol.failures import FailureReason
+from tests.support.mounts import needs_mounts
+from tests.support.programs import ROOT, clean_env
 
 
 def test_libraries_say_a_full_disk_in_words(tmp_path: Path) -> None:
@@ -66,3 +70,50 @@ def test_a_read_only_folder_is_a_sentence(tmp_path: Path) -> None:
             check_writable(tmp_path, "the model")
     finally:
         tmp_path.chmod(0o700)
+
+
+READ_ONLY = """
+import subprocess, sys
+from pathlib import Path
+from agent.trainer.disk import check_writable
+from agent.trainer.errors import TrainerError
+from agent.trainer.reasons import explain
+
+disk = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], check=True)
+check_writable(disk / "job", "the job's checkpoints")
+subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+for folder in (disk / "job", disk / "another"):
+    try:
+        check_writable(folder, "the job's checkpoints")
+    except TrainerError as error:
+        print(error.reason, error.sentence, sep="|")
+try:
+    (disk / "job" / "cache").write_text("")
+except OSError as error:
+    print(*explain(error), sep="|")
+"""
+
+
+def test_a_disk_that_is_mounted_read_only_is_said_to_be_one(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*needs_mounts(), sys.executable, "-c", READ_ONLY, str(tmp_path)],
+        cwd=ROOT,
+        env=clean_env(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=170,
+    )
+    assert done.returncode == 0, done.stderr
+    said = [line.split("|") for line in done.stdout.splitlines()]
+    for (reason, sentence), name in zip(said[:2], ("job", "another"), strict=True):
+        assert reason == "permission"
+        assert sentence.startswith(
+            f"The job's checkpoints cannot be written to {tmp_path / name}: Read-only file system."
+        )
+        assert "mount the disk again" in sentence
+    reason, sentence, advice = said[2]
+    assert reason == "permission" and "mount the disk again" in advice
+    where = tmp_path / "job" / "cache"
+    assert sentence.startswith(f"{where} cannot be used: the disk is mounted read-only.")
