@@ -34,7 +34,7 @@ ADVICE: dict[FailureReason, str] = {
     FailureReason.MODEL: "Check the model's name or folder, and that its weights are safetensors.",
     FailureReason.TEMPLATE: "Give the tokenizer a chat template, or choose a data format that needs none.",
     FailureReason.SPEC: "Correct the setting that the message names and submit the job again.",
-    FailureReason.PERMISSION: "Ask the owner of the machine to allow it in the agent's settings.",
+    FailureReason.PERMISSION: "Allow it where the message says (the agent's settings, or the rights of that folder and of its disk), then retry the job.",
     FailureReason.CHECKPOINT: "Resume from an older checkpoint, or start the job again.",
     FailureReason.DRIVER: "Look at the driver's log; a reset of the device or of the machine is often needed.",
     FailureReason.SIGNAL: "Something outside the agent ended the trainer; see the machine's own log.",

@@ -77,7 +77,8 @@ def refusals_told(folder: Path, what: str, needed: int = 0) -> Iterator[None]:
         raise TrainerError(
             FailureReason.PERMISSION,
             f"{what[0].upper()}{what[1:]} cannot be written to {folder}: {why}. "
-            "Let the user whom the agent runs as write there (or mount the disk again), then resume the job.",
+            "Let the user whom the agent runs as write there, or mount the disk again.",
+            advice="Once the agent can write there again, retry the job: it goes on from its last good checkpoint.",
         ) from error
 
 

@@ -50,7 +50,12 @@ class Keeper:
     """Writes checkpoints, one at a time. NoRoom comes out of `check`, `wait` and `save`, in the thread that trains."""
 
     def __init__(
-        self, store: Checkpoints, line: Speaker, limits: Limits, static: Callable[[], dict[str, bytes]]
+        self,
+        store: Checkpoints,
+        line: Speaker,
+        limits: Limits,
+        static: Callable[[], dict[str, bytes]],
+        good: int = 0,
     ) -> None:
         self.store = store
         self._line = line
@@ -58,6 +63,8 @@ class Keeper:
         self._static = static
         """Makes the files that every checkpoint has alike."""
         self._made: dict[str, bytes] | None = None
+        self._good = good
+        """Step of the newest checkpoint that a later attempt can go on from; 0: there is none."""
         self._writer = Writer()
         self._buffer = HostBuffer()
         self._copying: Copying | None = None
@@ -158,13 +165,17 @@ class Keeper:
         try:
             found = self._put(save)
         except TrainerError as error:
-            if isinstance(error, NoRoom) or not save.periodic:
+            if isinstance(error, NoRoom):
                 raise
+            if not save.periodic:
+                sentence = f"{error.sentence} {self._lost(save.manifest.step)}".strip()
+                raise TrainerError(error.reason, sentence, advice=error.advice) from error
             # Nothing is lost yet, and by the next one the folder may be writable again.
             self._note(
                 "warning", f"{error.sentence} Training goes on, and tries again at the next checkpoint."
             )
             return
+        self._good = save.manifest.step
         try:
             store.retain(save.limit)
         except OSError as error:
@@ -191,6 +202,16 @@ class Keeper:
         logger.info(
             "saved %s in %.2f s, training stood for %.2f s", found.path.name, seconds, stall or seconds
         )
+
+    def _lost(self, step: int) -> str:
+        """Return what it means that ``step`` cannot be saved, though the process leaves."""
+        if not self._good:
+            return "There is no good checkpoint, so the job will begin anew."
+        steps = step - self._good
+        if not steps:
+            return ""
+        count = "the step after it is" if steps == 1 else f"the {steps} steps after it are"
+        return f"The last good checkpoint is of step {self._good}: {count} lost, and will be made again."
 
     def _put(self, save: Save) -> Found:
         """Put a checkpoint on the disk. Makes the folder again where it has vanished, and room where there is none."""

@@ -77,14 +77,15 @@ class Saving(Curve):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; what is still being written at the end is finished first, if nobody waits for a cancel."""
         job = self.job
+        resumed = job.resumed_from
         # The job comes after the trainer.
         self._keeper = Keeper(
             job.checkpoints,
             job.inbox.line,
             job.limits,
             lambda: contents.static_files(self.model, self.processing_class),
+            resumed.manifest.step if resumed is not None else 0,
         )
-        resumed = job.resumed_from
         in_use = {job.checkpoints.path(job.progress.best_step)} if job.progress.best_step else set()
         self._keeper.check_disk(
             resumed.size if resumed is not None else self._guess_size(),

@@ -29,8 +29,11 @@ WORSE = {**EVERY_2, "learning_rate": 0.6, "lr_scheduler_type": "constant", "max_
 class Acting(RecordingLine):
     """Does something to the disk when the point of a step is said, and the save of the step before is over."""
 
-    def __init__(self, script: dict[int, list[Any]], acts: dict[int, Callable[[], None]]) -> None:
+    def __init__(
+        self, script: dict[int, list[Any]], acts: dict[int, Callable[[], None]], saved: bool = False
+    ) -> None:
         super().__init__(script)
+        self._over = saved
         self._acts = acts
         self._said = threading.Condition()
 
@@ -43,7 +46,7 @@ class Acting(RecordingLine):
                 self._acts.pop(event.step)()
 
     def _saved(self, step: int) -> bool:
-        return any(
+        return self._over or any(
             (isinstance(event, Saved) and event.step == step)
             or (isinstance(event, Note) and f"at step {step} " in event.text)
             for event in self.events
@@ -403,8 +406,35 @@ def test_a_pause_that_cannot_be_kept_is_a_sentence(jobs: Jobs) -> None:
     with pytest.raises(TrainerError) as caught:
         act(jobs, {5: take}, {5: [Pause()]}, training={"save_steps": 2})
     assert caught.value.reason is FailureReason.PERMISSION
-    assert f"The checkpoint at step 6 cannot be written to {folder}" in caught.value.sentence
+    assert caught.value.sentence == (
+        f"The checkpoint at step 6 cannot be written to {folder}: File exists. Let the user whom the agent runs as "
+        "write there, or mount the disk again. The last good checkpoint is of step 4: the 2 steps after it are lost, "
+        "and will be made again."
+    )
+    assert caught.value.advice == (
+        "Once the agent can write there again, retry the job: it goes on from its last good checkpoint."
+    )
     assert sorted(path.name for path in aside.iterdir()) == ["step-2", "step-4"]
+
+
+def test_an_end_that_cannot_be_kept_says_how_far_the_job_falls_back(jobs: Jobs) -> None:
+    jobs.run("job", {3: [Pause()]})
+    folder, aside = jobs.checkpoints(), jobs.checkpoints().with_name("aside")
+
+    def fails(attempt: int) -> str:
+        def take() -> None:
+            folder.rename(aside)
+            folder.write_text("in the way")
+
+        line = Acting({}, {6: take}, saved=True)
+        with pytest.raises(TrainerError, match="The checkpoint at step 8 cannot be written") as caught:
+            run.train(jobs.start("job", attempt=attempt), line, reports_beside=False)
+        return caught.value.sentence
+
+    assert "The last good checkpoint is of step 4: the 4 steps after it are lost" in fails(2)
+    folder.unlink()
+    shutil.rmtree(aside)
+    assert "There is no good checkpoint, so the job will begin anew." in fails(3)
 
 
 @pytest.mark.parametrize("which", ["checkpoints", "output"])
