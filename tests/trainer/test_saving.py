@@ -1,6 +1,9 @@
 """Checkpoints of real runs: written beside training, put back exactly, and never in the way of one another."""
 
+import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +21,10 @@ from agent.trainer.snapshot import Content, HostBuffer
 from protocol.failures import FailureReason
 from protocol.jobspec import LoraSpec
 from protocol.worker import Cancel, Finished, Left, Metrics, Note, Pause, Ready, Saved, SaveNow
+from tests.support.mounts import needs_mounts
 from tests.trainer.conftest import Jobs, RecordingLine, curve
 
+ROOT = Path(__file__).parents[2]
 LORA = LoraSpec(r=4, dropout=0.2)
 EVERY_2 = {"eval_strategy": "steps", "eval_steps": 2}
 WORSE = {**EVERY_2, "learning_rate": 0.6, "lr_scheduler_type": "constant", "max_steps": 12}
@@ -435,6 +440,18 @@ def test_an_end_that_cannot_be_kept_says_how_far_the_job_falls_back(jobs: Jobs) 
     folder.unlink()
     shutil.rmtree(aside)
     assert "There is no good checkpoint, so the job will begin anew." in fails(3)
+
+
+def test_a_disk_that_turns_read_only_costs_the_steps_after_the_last_checkpoint(tmp_path: Path) -> None:
+    command = [*needs_mounts(), sys.executable, "-m", "tests.support.read_only_disk", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["reason"] == "permission"
+    assert "cannot be written to" in said["sentence"] and ": Read-only file system." in said["sentence"]
+    assert "The last good checkpoint is of step 2: the 5 steps after it are lost" in said["sentence"]
+    assert said["advice"].startswith("Once the agent can write there again, retry the job")
+    assert (said["saved"], said["left"], said["start_step"], said["same"]) == ([2], ["step-2"], 2, True)
 
 
 @pytest.mark.parametrize("which", ["checkpoints", "output"])
