@@ -214,6 +214,21 @@ class JournalUplink:
     async def settled(self, key: Key, seq: int, notes: Mapping[str, str]) -> None:
         await self._trim(key, seq, {f"rest:{name}": value for name, value in notes.items()})
 
+    async def announce(self, told: Mapping[str, str], notes: Mapping[str, str], *, warn: bool = True) -> None:
+        now = self._clock()
+
+        def append(batch: Batch) -> None:
+            for job_id, text in told.items():
+                attempt = self._desk.jobs[job_id].attempt if job_id in self._desk.jobs else 0
+                notice = Notice(now, "warning" if warn else "info", text, attempt)
+                self._desk.ledger.append(batch, job_id, Lane.CONTROL, notice)
+
+        def keep(tx: Tx) -> None:
+            for name, value in notes.items():
+                tx.set_meta(f"rest:{name}", value)
+
+        await self._desk.transact(append, also=keep)
+
     async def welcomed(self, server_time: float) -> None:
         self._ahead = server_time - self._clock() if server_time else 0.0
         if self._desk.ledger.backlog[Lane.METRICS][0] < SNAPSHOT_BEHIND:

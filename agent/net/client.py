@@ -43,9 +43,11 @@ class Unreached(RestError):
 class Unclear(RestError):
     """It may have been done: no answer came, or one that a gateway on the way may have written."""
 
-    def __init__(self, why: str, status: int = 0, *, late: bool = False) -> None:
+    def __init__(self, why: str, status: int = 0, *, late: bool = False, own: bool = False) -> None:
         super().__init__(why)
         self.status = status
+        self.own = own
+        """As of `Said`."""
         self.late = late
         """The server may be at it still: it was given up by whoever waited."""
 
@@ -82,6 +84,8 @@ class RestClient:
         self.base = backend_url.rstrip("/")
         self.calls = 0
         """Requests made with the API key, which the platform counts: 100 a minute."""
+        self.answered = 0
+        """Requests that were answered with a plain yes."""
         self._key = key
         self._headers = {HEADER_AGENT: agent_id, "User-Agent": user_agent, "Accept": JSON}
         self._within = answer_within
@@ -139,7 +143,9 @@ class RestClient:
         try:
             with anyio.fail_after(IN_ALL * self._within):
                 async with self._client.stream(method, url, content=data, headers=sent) as answer:
-                    return _read(answer, await _whole(answer, what), what)
+                    found = _read(answer, await _whole(answer, what), what)
+                    self.answered += answer.status_code == 200
+                    return found
         except (httpx.InvalidURL, UnicodeEncodeError) as error:
             # An id or a token that fits no request: a fault of whoever made it, and of no other job.
             raise Unreached(f"{what} cannot be asked: {_said(error)}") from None
@@ -173,14 +179,14 @@ def _read(answer: "httpx.Response", content: bytes, what: str) -> dict[str, Any]
         body = None
     said = body.get("error") if isinstance(body, dict) else None
     error = str(said or "")
+    # "Not Found" and nothing else is what a framework says of any path that it does not know.
+    own = isinstance(said, str) and said not in ("", responses.get(status))
     if status == 429:
         # Counted before anything is done. The platform names no time; its window is a minute.
         raise Unreached(f"{what}: too many requests", _seconds(answer.headers.get("Retry-After", ""), 60.0))
     if status >= 500:
-        raise Unclear(f"{what}: HTTP {status} {error}".rstrip(), status, late=status == 504)
+        raise Unclear(f"{what}: HTTP {status} {error}".rstrip(), status, late=status == 504, own=own)
     if status >= 300:
-        # "Not Found" and nothing else is what a framework says of any path that it does not know.
-        own = isinstance(said, str) and said not in ("", responses.get(status))
         raise Said(status, error or answer.reason_phrase, body if isinstance(body, dict) else {}, own=own)
     if not isinstance(body, dict):
         # A proxy wrote it: a page to log in to the network, say.

@@ -54,6 +54,10 @@ class Store(Uplink, Protocol):
         """Take the records up to ``seq`` for delivered, and the notes with them, in one commit."""
         ...
 
+    async def announce(self, told: Mapping[str, str], notes: Mapping[str, str], *, warn: bool = True) -> None:
+        """Add a sentence of the agent's own to the records of jobs, by id, and keep the notes, in one commit."""
+        ...
+
 
 class Drain(ABC):
     """Sends what is stored, most urgent first, for as long as `run` is let run."""

@@ -40,6 +40,25 @@ COLUMNS = (
 )
 """Numbers of a metric point."""
 WHOLE = frozenset({"best_epoch", "best_step", "epochs_without_improvement"})
+LIVE = {
+    "loss": "train_loss",
+    **{
+        name: name
+        for name in (
+            "eval_loss",
+            "learning_rate",
+            "grad_norm",
+            "samples_per_second",
+            "perplexity",
+            "train_perplexity",
+            "gpu_memory_allocated_gb",
+            "gpu_memory_reserved_gb",
+            "gpu_utilization_percent",
+            "epochs_without_improvement",
+        )
+    },
+}
+"""Figures of a job's row that stand above its chart, and the values of ours that they are."""
 CARRIED = (
     "eval_loss",
     "perplexity",
@@ -58,6 +77,19 @@ def record_of(body: bytes | None) -> AnyRecord | Unknown | None:
         return decode_record(body) if body is not None else None
     except BadMessage:
         return None
+
+
+def plain(body: Any) -> Any:
+    """Return a body without the one character that the platform's tables refuse: with it no write ever arrives."""
+    match body:
+        case str():
+            return body.replace("\x00", "")
+        case dict():
+            return {name: plain(value) for name, value in body.items()}
+        case list():
+            return [plain(value) for value in body]
+        case _:
+            return body
 
 
 def iso(seconds: float) -> str:
@@ -109,10 +141,34 @@ def carry(rows: list[dict[str, Any]], carried: dict[str, Any]) -> dict[str, Any]
     return carried
 
 
+def blank(rows: list[dict[str, Any]]) -> bool:
+    """Tell whether the platform's summary is taken from a point without the figures of training: it empties them."""
+    highest = max((int(row["step"]) for row in rows), default=0)
+    return any(kind_of(row) == "eval" for row in rows if row["step"] == highest)
+
+
+def live(job: Job) -> dict[str, Any]:
+    """Return how a job stands now, for its row; empty before its first step."""
+    if not job.step and not job.values:
+        return {}
+    fields: dict[str, Any] = {"current_step": job.step}
+    if math.isfinite(job.epoch):
+        fields["current_epoch"] = int(job.epoch)
+    for column, name in LIVE.items():
+        if name in job.values:
+            value = job.values[name]
+            # A loss that is no number is shown as none: the one before it would be untrue.
+            fields[column] = (int(value) if name in WHOLE else value) if math.isfinite(value) else None
+    if job.trend:
+        fields["loss_trend"] = job.trend
+    if job.total_steps > 0 and job.state not in TERMINAL:
+        fields["progress"] = min(100, 100 * job.step // job.total_steps)
+    return fields
+
+
 def lines_of(chunk: LogChunk) -> list[str]:
     """Return a piece of log as lines, with one for those that were left out."""
-    gap = [f"[{chunk.dropped} lines dropped here]"] if chunk.dropped else []
-    return [*gap, *(line.replace("\x00", "") for line in chunk.lines)]
+    return [*chunk.gap, *(line.replace("\x00", "") for line in chunk.lines)]
 
 
 def fields_of(record: object, newest: Mapping[str, float | str] | None = None) -> dict[str, Any]:
@@ -206,6 +262,8 @@ class Memo(msgspec.Struct, kw_only=True, omit_defaults=True):
     train: int = -1
     """The highest step that it holds a point of."""
     eval: int = -1
+    attempt: int = 0
+    """The attempt that the newest of them is of."""
     rows: int = 0
     """Points that it holds of ours, at least."""
     lines: int = -1
@@ -219,6 +277,14 @@ class Memo(msgspec.Struct, kw_only=True, omit_defaults=True):
     error: bool = False
     """Whether it shows an error."""
     carried: dict[str, Any] = {}
+    refused: str = ""
+    """The job's status here, which its table does not store; said again, because it may have been a bad hour."""
+    owes: bool = False
+    """Whether the figures above its chart are older than the job, or empty."""
+    begun: tuple[int, int] = (0, 0)
+    """The newest attempt, and from which step it went on."""
+    remade: int = 0
+    """The attempt of which its user was told that it makes steps again."""
     until: float = 0.0
     """When nothing that was sent may still be stored any more, by the wall clock; 0 where all was answered."""
 

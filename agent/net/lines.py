@@ -1,14 +1,18 @@
 """The lines of a job's log at the platform, which numbers none: each appended once, by one writer."""
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
-from agent.net.client import RestClient, Unclear
+from agent.net import hosted
+from agent.net.client import Unclear, Unreached
 from agent.net.hosted import Memo
+from agent.net.memos import Memos
 from protocol.messages import Lane
+from protocol.records import LogChunk
 from protocol.rest import JOB
 from protocol.session import Key
 
+LINES = 500
+"""Lines of a batch, about."""
 LOG_CAP = 10_000
 """Lines that the platform keeps of a job."""
 NOTICE = "[agent] "
@@ -22,21 +26,30 @@ NO_LOGS = "Failed to connect to local training server"
 class Lines:
     """Appends lines of both lanes; after an append without an answer it reads back first."""
 
-    def __init__(
-        self,
-        client: RestClient,
-        append: Callable[[str, list[str]], Awaitable[dict[str, Any]]],
-        settle_down: Callable[[str], Awaitable[None]],
-        counted: Callable[[str, int], Awaitable[None]],
-    ) -> None:
-        self._client = client
-        self._append = append
-        self._settle_down = settle_down
-        self._counted = counted
+    def __init__(self, memos: Memos) -> None:
+        self._memos = memos
         self.sure: set[tuple[str, str]] = set()
         """Jobs and lanes whose last append is known to be stored."""
         self.notices: set[str] = set()
         """Jobs whose last notice is in doubt."""
+
+    def __repr__(self) -> str:
+        return f"<Lines sure={self.sure} notices={self.notices}>"
+
+    async def send(self, key: Key, records: list[tuple[int, Any]], memo: Memo) -> tuple[int, int]:
+        """Send a batch; return up to which record, and how many lines. Raises RestError."""
+        if key.scope in self.notices:
+            raise Unreached(f"the log of job {key.scope} waits for a notice that is in doubt")
+        at, lines = records[0][0], list[str]()
+        for seq, record in records:
+            at = seq
+            lines += hosted.lines_of(record) if isinstance(record, LogChunk) else []
+            if len(lines) >= LINES:
+                break
+        held = min(memo.ahead, len(lines))
+        memo.ahead -= held
+        await self.say(key, memo, lines[held:])
+        return at, len(lines)
 
     async def say(self, key: Key, memo: Memo, lines: list[str]) -> None:
         """Append lines. Lines of both lanes pass here, one request at a time: two at once would lose some."""
@@ -44,14 +57,20 @@ class Lines:
         if memo.lines < 0:
             # Kept before the first of ours is sent: somebody may have written there before.
             memo.lines = (await self._tail(job_id, 1))[0]
-            await self._counted(job_id, memo.lines)
+            kept = await self._memos.of(job_id)
+            kept.lines = memo.lines
+            await self._memos.keep(job_id, kept)
         elif known not in self.sure:
-            await self._settle_down(job_id)
+            await self._memos.settle_down(job_id)
             lines = lines[await self._held(key, memo, lines) :]
         if lines:
-            self.sure.discard(known)
-            answer = await self._append(job_id, lines)
+            # In doubt it would be in the way of both lanes: what one has added the other counts.
+            both = {one for one in self.sure if one[0] == job_id}
+            self.sure -= both
+            path = f"{JOB}/logs".format(job_id=job_id)
+            answer = await self._memos.call("POST", path, job_id, {"logs": lines})
             total = answer.get("total_logs")
+            self.sure |= both
             memo.lines = total if isinstance(total, int) else memo.lines + len(lines)
         self.sure.add(known)
 
@@ -65,7 +84,7 @@ class Lines:
         """Return how many lines the platform holds of a job, and the last ``count``."""
         path = f"{JOB}/logs".format(job_id=job_id)
         try:
-            page = await self._client.get(f"{path}?limit={count}&offset=-{count}")
+            page = await self._memos.client.get(f"{path}?limit={count}&offset=-{count}")
         except Unclear as error:
             if NO_LOGS not in str(error):
                 raise

@@ -11,7 +11,7 @@ from agent.net.client import RestClient
 from agent.net.platform import PlatformDrain
 from protocol.lifecycle import JobState, Want
 from protocol.messages import Desired, Lane, Machine
-from protocol.records import JobStatus, LogChunk, Point, Schema
+from protocol.records import JobStatus, LogChunk, Notice, Point, Schema
 from protocol.session import Key
 from tests.net.backend import Records
 from tests.protocol.golden import MACHINE
@@ -32,6 +32,8 @@ class Kept(Records):
         self.tokens: dict[str, str] = {}
         self.notes: dict[str, str] = {}
         self.free = 1
+        self.told: list[tuple[str, str]] = []
+        """What the agent itself had to say to jobs' users."""
         self.control, self.metrics, self.lines = (Key(7, job_id, lane) for lane in Lane)
         self.add(self.control, Schema(1, NAMES), Schema(2, EVAL))
 
@@ -60,6 +62,13 @@ class Kept(Records):
         self.notes |= notes
         await self.acked(key, seq)
 
+    async def announce(self, told: Mapping[str, str], notes: Mapping[str, str], *, warn: bool = True) -> None:
+        self.notes |= notes
+        for job_id, text in told.items():
+            self.told.append((job_id, text))
+            key = Key(7, job_id, Lane.CONTROL)
+            self.add(key, Notice(1e9, "warning" if warn else "info", text))
+
     async def desired(self, message: Desired) -> None:
         await super().desired(message)
         job = self.held.get(message.job_id)
@@ -71,12 +80,18 @@ class Kept(Records):
     # What a trainer says
 
     def step(self, step: int, loss: float = 1.0, attempt: int = 1) -> None:
+        self._newest(step, {"train_loss": loss, "learning_rate": 1e-4, "samples_per_second": 2.0})
         self.add(
             self.metrics, Point(1e9 + step, attempt, step, step / 100, 1, [loss, 1e-4, 2.0], "improving")
         )
 
     def evaluated(self, step: int, loss: float) -> None:
+        self._newest(step, {"eval_loss": loss, "perplexity": 2.0, "best_eval_loss": loss})
         self.add(self.metrics, Point(1e9 + step, 1, step, step / 100, 2, [loss, 2.0, loss, step, 0.9, 0.0]))
+
+    def _newest(self, step: int, values: dict[str, float]) -> None:
+        job = self.held[self.job_id]
+        self.held[self.job_id] = msgspec.structs.replace(job, step=step, values={**job.values, **values})
 
     def status(self, state: str, attempt: int = 1) -> None:
         self.held[self.job_id] = msgspec.structs.replace(self.held[self.job_id], state=JobState(state))

@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
-from typing import Any
 
 import anyio
 import pytest
@@ -13,8 +12,10 @@ from agent.net import client
 from agent.net.client import RestClient, RestError, Said, Unclear, Unreached
 from agent.net.hosted import Memo
 from agent.net.lines import Lines
+from agent.net.memos import Memos
 from protocol.messages import Lane
 from protocol.session import Key
+from tests.net.kept import Kept
 
 PAGE = b"<html><head><title>404 Not Found</title></head><body><hr>nginx/1.24.0</body></html>"
 
@@ -121,12 +122,10 @@ def test_what_fits_no_request_ends_nothing(url: str, path: str, token: str) -> N
 def test_a_page_of_a_log_that_is_none_is_asked_for_again(url: str, body: bytes) -> None:
     _Canned.body = body
 
-    async def nobody(*_: object) -> dict[str, Any]:
-        raise AssertionError("nothing is appended to a log that cannot be read")
-
     async def main() -> None:
         rest = RestClient(url, key=lambda: "k", agent_id="agent_0123", user_agent="test", answer_within=5.0)
-        lines = Lines(rest, nobody, nobody, nobody)  # type: ignore[arg-type]  # none of them is called
+        # Nothing is appended to a log that cannot be read, and nothing is remembered.
+        lines = Lines(Memos(rest, Kept("job"), settle=0.0, patience=0.0))
         with pytest.raises(Unclear, match="no page of a log"):
             await lines.say(Key(7, "job", Lane.LOGS), Memo(), ["a line"])
         await rest.close()

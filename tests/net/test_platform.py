@@ -7,7 +7,7 @@ import anyio
 import msgspec
 import pytest
 
-from agent.net.client import Unreached
+from agent.net.client import Unclear, Unreached
 from agent.net.lines import LOG_CAP
 from protocol.lifecycle import JobState, Want
 from protocol.records import Checkpoint, JobFacts, Notice, Result
@@ -81,13 +81,14 @@ def test_too_many_requests_are_waited_out_for_the_platforms_minute() -> None:
 )
 def test_nothing_is_lost_or_doubled_under_any_mixture_of_faults_and_crashes(seed: int) -> None:
     chance = random.Random(seed)
-    kinds = ["lost", "dropped", "gateway", "500", "502", "401", "page", "late", "slow", *[""] * 6]
+    kinds = ["lost", "dropped", "gateway", "500", "502", "401", "page", "late", "slow", "202", *[""] * 6]
     within, settle = 0.25, 1.0
     with Platform(rate_limit=100_000) as platform:
         platform.late = 0.4
         store = kept(platform)
         told: list[str] = []
         step = 0
+        store.status("running")
         for number in range(9):
             for _ in range(chance.randrange(1, 120)):
                 step += 1
@@ -97,10 +98,15 @@ def test_nothing_is_lost_or_doubled_under_any_mixture_of_faults_and_crashes(seed
             lines += ["same"] * chance.randrange(0, 4)
             told += lines
             store.print(*lines)
+            if number % 3 == 0:
+                store.add(store.control, JobFacts(1e9, 1, 100 + number, 2.5, 0, 90, 10, 4, 2, 2e-4))
+            if chance.random() < 0.2:
+                store.evaluated(step, 1.0)
             if chance.random() < 0.3:
                 store.add(store.control, Notice(1e9, "warning", f"notice {len(told)}"))
             for route in ("metrics", "logs", "status", "jobs", "read-metrics", "read-logs"):
-                platform.fault(route, *chance.choices(kinds, k=2))
+                some = [kind for kind in kinds if kind != "202" or route == "jobs"]
+                platform.fault(route, *chance.choices(some, k=2))
 
             # Mostly killed at once, with something on its way; now and then there is time to wait for it.
             patience = within + settle if number % 4 == 3 else chance.uniform(0.0, 0.15)
@@ -113,9 +119,15 @@ def test_nothing_is_lost_or_doubled_under_any_mixture_of_faults_and_crashes(seed
 
             anyio.run(for_a_while)
         platform._faults.clear()
+        store.add(store.control, Result(1e9, 1, "/m", "", "", step, {"train_loss": 0.5}))
+        store.status("completed")
         deliver(platform, store, within, settle)
         wait_until(lambda: not platform.at_work, "the platform to do what was given up")
-        assert steps(platform, store) == list(range(1, step + 1)), seed
+        trained = [one["step"] for one in platform.chart(store.job_id) if one["learning_rate"] is not None]
+        assert trained == list(range(1, step + 1)), seed
+        row = platform.rows[store.job_id]
+        assert row["started_at"] and (row["total_steps"], row["status"]) == (106, "completed"), seed
+        assert (row["final_loss"], row["current_step"], row["loss"]) == (0.5, step, 1.0), seed
         log = platform.log[store.job_id]
         assert [line for line in log if not line.startswith("[agent]")] == told, seed
         notices = [line for line in log if line.startswith("[agent]")]
@@ -278,6 +290,35 @@ def test_a_notice_in_doubt_is_settled_before_the_log_goes_on(fault: str) -> None
         platform.fault("logs", fault)
         deliver(platform, store)
         assert sorted(platform.log[store.job_id]) == ["[agent] warning: half as fast", "one", "two"]
+
+
+@pytest.mark.parametrize("fault", ["lost", "dropped"])
+def test_a_notice_behind_lines_in_doubt_hides_nothing_of_them(fault: str) -> None:
+    with Platform() as platform:
+        store = kept(platform)
+        del store.rows[store.control][:]
+
+        async def run() -> None:
+            rest = client(platform)
+            made = drain(rest, store)
+            store.add(store.control, Notice(1e9, "info", "first"))
+            await made.batch(store.control)
+            store.print("one", "two")
+            platform.fault("logs", fault)
+            with pytest.raises(Unclear):
+                await made.batch(store.lines)
+            store.add(store.control, Notice(1e9, "info", "second"))
+            await made.batch(store.control)
+            await made.batch(store.lines)
+            await rest.close()
+
+        anyio.run(run)
+        assert sorted(platform.log[store.job_id]) == [
+            "[agent] info: first",
+            "[agent] info: second",
+            "one",
+            "two",
+        ]
 
 
 def test_a_token_that_is_lost_or_refused_is_asked_for_and_a_deleted_job_is_dropped() -> None:
