@@ -29,6 +29,10 @@ from protocol.lifecycle import TERMINAL, JobState, Want
 from protocol.version import AGENT_VERSION
 from protocol.worker import Metrics
 
+BYE = (
+    "The agent is being stopped ({name}). Its jobs are saved, and go on when it is started again; when that will be it "
+    "does not know."
+)
 FLUSH_WITHIN = 5.0
 """Seconds a stopping agent gives its last records to reach the backend."""
 
@@ -187,9 +191,7 @@ async def _signals(program: Program, ended: anyio.Event) -> None:
 
             async def leave(name: str) -> None:
                 if program.transport is not None:
-                    program.transport.bye(
-                        f"The agent is being stopped ({name}); its jobs are saved and wait."
-                    )
+                    await program.transport.bye(BYE.format(name=name))
                 await program.stop(name)
                 await _flush(program)
                 ended.set()

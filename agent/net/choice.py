@@ -8,7 +8,7 @@ import anyio
 from loguru import logger
 
 from agent.core.ports import Uplink
-from agent.errors import KeyRefused, NotOurBackend, Refused
+from agent.errors import AgentError, KeyRefused, NotOurBackend, Refused
 from agent.net.client import RestClient, RestError, Said, Unclear
 from agent.net.drain import Drain, Store
 from agent.net.platform import PlatformDrain
@@ -16,6 +16,7 @@ from agent.net.poll import Poller, is_platform, ours
 from agent.net.rest import HubDrain
 from agent.net.retry import backoff
 from agent.net.websocket import Link
+from protocol.lifecycle import TERMINAL, JobState
 
 FAILED_DIALS = 3
 WITHOUT_WELCOME = 30.0
@@ -151,6 +152,7 @@ class Transport:
         self.by_rest = False
         """Whether the REST side has the records now."""
         self._client = client
+        self._uplink = uplink
         self._on_state = on_state
         self._clock = clock
         self._dials = 0
@@ -167,9 +169,19 @@ class Transport:
         if self._drain is not None:
             self._drain.wake()
 
-    def bye(self, reason: str, until: float = 0.0) -> None:
-        """Explain a planned silence, and hold nothing back."""
+    async def bye(self, reason: str, until: float = 0.0) -> None:
+        """Explain a planned silence, and hold nothing back. ``until``: when it ends; 0 where that is not known.
+
+        The socket has a frame for it. By REST it is a line in the log of each job that somebody waits for.
+        """
         self.link.bye(reason, until)
+        if self.by_rest:
+            resting = (*TERMINAL, JobState.PAUSED)
+            live = [job.job_id for job in self._uplink.jobs().values() if job.state not in resting]
+            try:
+                await self._uplink.announce(dict.fromkeys(live, reason), {}, warn=False)
+            except AgentError as error:
+                logger.warning("that the agent leaves cannot be told: {}", error)
         self.hub.hurry()
         self.platform.hurry()
 

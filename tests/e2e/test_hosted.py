@@ -167,3 +167,19 @@ def test_both_shapes_of_a_config_run_and_what_cannot_is_told_with_its_reason(tmp
             assert agent.stop() == 0
         finally:
             agent.stop(signal.SIGKILL)
+
+
+def test_an_agent_that_is_stopped_says_so_where_it_only_polls(tmp_path: Path) -> None:
+    with Platform() as platform:
+        job = platform.submit(fake_config("step=0.1", steps=4000))
+        agent = Agent(tmp_path / "agent", platform.url).start()
+        try:
+            wait_until(lambda: platform.chart(job), "the first points")
+            assert agent.stop() == 0
+            said = [line for line in platform.log[job] if line.startswith("[agent]")]
+            assert any("is being stopped (SIGTERM)" in line and "does not know" in line for line in said), (
+                said
+            )
+            assert platform.rows[job]["status"] == "paused"
+        finally:
+            agent.stop(signal.SIGKILL)

@@ -5,6 +5,7 @@ from typing import Any
 
 import anyio
 import httpx
+import msgspec
 import pytest
 
 from agent.core.ports import Uplink
@@ -13,9 +14,11 @@ from agent.net.choice import Transport
 from agent.net.client import RestClient
 from agent.net.retry import backoff
 from agent.net.websocket import Link
+from protocol.lifecycle import JobState
 from protocol.messages import Hello, Machine
 from tests.hub.support import KEY, HubProcess, job_path, submit
 from tests.net.kept import AGENT, Kept
+from tests.support.platform import KEY as PLATFORM_KEY
 from tests.support.platform import Platform
 from tests.support.upgrades import NoUpgrades
 
@@ -211,3 +214,31 @@ def test_the_setting_websocket_never_polls() -> None:
         with pytest.raises(NotOurBackend):
             anyio.run(run)
         assert platform.seen["poll"] == 0
+
+
+def test_a_planned_silence_is_said_in_the_log_of_each_job_that_is_waited_for() -> None:
+    with Platform() as platform:
+        one = platform.submit({}, status="running", agent_id=AGENT)
+        other, ended = (platform.submit({}, status="running", agent_id=AGENT) for _ in range(2))
+        store = Gated(one)
+        for job_id, state in ((other, JobState.PAUSED), (ended, JobState.COMPLETED)):
+            store.held[job_id] = msgspec.structs.replace(store.held[one], job_id=job_id, state=state)
+        for job_id, row in platform.rows.items():
+            store.tokens[job_id] = str(row["job_token"])
+        made, _ = transport(platform.url, store, "poll", key=PLATFORM_KEY)
+
+        async def run() -> None:
+            with anyio.fail_after(30):
+                async with anyio.create_task_group() as group:
+                    # Before anybody polls there is no way to say it, and nothing to keep for later.
+                    await made.bye("nobody hears this")
+                    group.start_soon(made.run)
+                    while not made.by_rest:  # noqa: ASYNC110 - a server in a thread
+                        await anyio.sleep(0.01)
+                    await made.bye("The agent is being stopped.")
+                    while sum(store.backlog()):  # noqa: ASYNC110
+                        await anyio.sleep(0.01)
+                    group.cancel_scope.cancel()
+
+        anyio.run(run)
+        assert platform.log == {one: ["[agent] info: The agent is being stopped."]}
