@@ -5,6 +5,7 @@ when the owner asks with `training-agent check`.
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from protocol.worker import Estimate, Limits, Workspace
 if TYPE_CHECKING:
     from agent.trainer.probe import Probed
 
-FRESH = 46 << 20
+FRESH = 64 << 20
 """Bytes of code and tables that the first step brings into memory beyond the imports (measured)."""
 FEWEST_HOLES = 0.6
 """Resident bytes that are lost for each byte that the layers keep, at least (glibc, measured)."""
@@ -51,12 +52,14 @@ def estimate(
     step = formula.step(at)
     scale = 1.0
     weights, optimizer = float(sizes.weights + sizes.reference), float(sizes.optimizer)
+    mapped = _still_mapped(at, workspace)
     if probed is not None:
-        measured = _measured(probed, at, _still_mapped(at, workspace))
+        measured = _measured(probed, at, mapped)
         scale = measured.peak / max(1.0, step.peak)
         step = measured
         weights, optimizer = max(probed.weights, weights), probed.optimizer
     else:
+        step = replace(step, lost=step.lost + mapped)
         baseline += FRESH
     parts = _parts(step, weights, optimizer, at)
     host, device = _peaks(parts, at, workspace, baseline)
@@ -209,18 +212,26 @@ def _disk(spec: JobSpec, limits: Limits, rows: Rows, sizes: Sizes) -> float:
     return kept * sizes.checkpoint + sizes.trained + merged
 
 
+def total_seconds(
+    spec: JobSpec, limits: Limits, rows: Rows, sizes: Sizes, step: float, evaluation: float
+) -> float | None:
+    """Return the seconds of the whole job, from those of an optimizer step and of an evaluation."""
+    if not rows.steps:
+        return None
+    saving = (_saves(spec, limits, rows) + 1) * sizes.checkpoint / WRITES
+    return rows.steps * step + _evaluations(spec, rows) * evaluation + saving
+
+
 def _seconds(
     spec: JobSpec, limits: Limits, rows: Rows, sizes: Sizes, probed: "Probed"
 ) -> tuple[float, float | None]:
-    """Return the seconds of an optimizer step, and of the whole job."""
+    """Return the seconds of an optimizer step, and of the whole job, as they were probed."""
     training = spec.training
     # The probe ran the longest rows; most batches are of the usual ones.
     usual = 1.0 if training.packing else min(1.0, 0.3 + 0.7 * rows.mean / max(1, rows.longest))
     step = training.gradient_accumulation_steps * probed.step_seconds * usual + probed.update_seconds
     batches = math.ceil(rows.held_out / (training.eval_batch_size or training.batch_size))
-    held_out = _evaluations(spec, rows) * batches * probed.evaluate_seconds * usual
-    saving = (_saves(spec, limits, rows) + 1) * sizes.checkpoint / WRITES
-    return step, (rows.steps * step + held_out + saving if rows.steps else None)
+    return step, total_seconds(spec, limits, rows, sizes, step, batches * probed.evaluate_seconds * usual)
 
 
 def _name(on_cuda: bool) -> str:

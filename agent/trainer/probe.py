@@ -109,6 +109,7 @@ def probe(
     config: Any,
 ) -> Probed:
     """Return what a step on ``rows``, as one micro-batch, takes of the whole model. Raises what training would."""
+    memory.keep_freed()  # as training does, or less would be seen to be lost between blocks
     layers = layers_of(config)
     depths = DEPTHS if layers > DEPTHS[-1] else (layers,)
     found = []

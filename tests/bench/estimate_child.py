@@ -3,9 +3,12 @@
 Reads the job from standard input, prints one JSON object. Memory is counted in bytes.
 """
 
+import contextlib
 import json
 import os
 import sys
+import threading
+from pathlib import Path
 from typing import Any
 
 
@@ -27,6 +30,37 @@ class Silent:
         return True
 
 
+class Folders:
+    """The most bytes that lay in some folders at a time, as far as can be seen by looking again and again."""
+
+    def __init__(self, *folders: str) -> None:
+        self.most = 0
+        self._folders = folders
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> "Folders":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._done.wait(0.02):
+            self.most = max(self.most, sum(map(_bytes_below, self._folders)))
+
+
+def _bytes_below(folder: str) -> int:
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # renamed while it is looked at
+                total += (Path(place) / name).stat().st_size
+    return total
+
+
 def main(what: str) -> None:
     # As the trainer's entry does, before its imports.
     from agent.trainer.entry import QUIET
@@ -37,8 +71,11 @@ def main(what: str) -> None:
     import msgspec
     import torch
 
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     from agent.trainer import check, meter, run
-    from protocol.worker import Check, Estimated, Start
+
+    del os.environ["TORCHDYNAMO_DISABLE"]
+    from protocol.worker import Check, Estimated, Metrics, Start
 
     datasets.disable_progress_bars()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -51,12 +88,18 @@ def main(what: str) -> None:
             next(event.estimate for event in line.events if isinstance(event, Estimated))
         )
     else:
-        assert run.train(msgspec.convert(given, Start), line) == 0
-        told["host"] = meter.most_resident()
+        start = msgspec.convert(given, Start)
+        with Folders(start.workspace.checkpoints, start.workspace.output) as folders:
+            assert run.train(start, line) == 0
+        told["host"], told["disk"] = meter.most_resident(), folders.most
         if torch.cuda.is_available():
             told["device"] = torch.cuda.max_memory_reserved()
         early = [msgspec.to_builtins(event.estimate) for event in line.events if isinstance(event, Estimated)]
-        told["early"] = early[0] if early else None
+        told["early"] = early[0]
+        ends = [
+            event.time for event in line.events if isinstance(event, Metrics) and "train_loss" in event.values
+        ]
+        told["step_seconds"] = (ends[-1] - ends[0]) / (len(ends) - 1)
     print(json.dumps(told), file=sys.__stdout__, flush=True)
 
 
