@@ -10,9 +10,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.bench.figures import Figure, shown
+from tests.bench.figures import Figure, at_most, shown
 
 STEPS, LEVELS, RUNS = 60, (1, 3, 9), 3
+LARGEST = {
+    "weights_bf16_normal": 0.70,
+    "weights_bf16_trained": 0.75,
+    "weights_fp32_trained": 0.89,
+    "adam_fp32_trained": 0.87,
+}
+"""Share of the size that may be left at the level that checkpoints are written with: what README promises."""
 MB = 1_000_000
 MODEL = {
     "hidden_size": 256,
@@ -28,7 +35,7 @@ def compress(folder: Path, steps: int = STEPS, megabytes: int = 64) -> dict[str,
     found: dict[str, Figure] = {}
     for kind, tensors in _kinds(folder, steps, megabytes).items():
         for level in LEVELS:
-            found[f"compress_{kind}_level{level}"] = _measure(tensors, level)
+            found[f"compress_{kind}_level{level}"] = _measure(tensors, level, LARGEST[kind])
     return found
 
 
@@ -56,7 +63,7 @@ def _kinds(folder: Path, steps: int, megabytes: int) -> dict[str, dict[str, Any]
     }
 
 
-def _measure(tensors: dict[str, Any], level: int) -> Figure:
+def _measure(tensors: dict[str, Any], level: int, largest: float) -> Figure:
     import torch
     import zstandard
 
@@ -81,11 +88,12 @@ def _measure(tensors: dict[str, Any], level: int) -> Figure:
         raise RuntimeError("what was read is not what was written")
     compressor = zstandard.ZstdCompressor(level=level)
     ungrouped = sum(len(compressor.compress(raw(one))) for one in tensors.values())
-    return shown(
-        written / size,
-        "of the size",
-        ungrouped=ungrouped / size,
-        write_mb_per_s=round(size / MB / statistics.median(writes)),
-        read_mb_per_s=round(size / MB / statistics.median(reads)),
-        size_mb=round(size / MB),
-    )
+    detail = {
+        "ungrouped": ungrouped / size,
+        "write_mb_per_s": round(size / MB / statistics.median(writes)),
+        "read_mb_per_s": round(size / MB / statistics.median(reads)),
+        "size_mb": round(size / MB),
+    }
+    if level == planes.LEVEL:
+        return at_most(written / size, "of the size", largest, **detail)
+    return shown(written / size, "of the size", **detail)
