@@ -5,6 +5,7 @@ whole.
 """
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,15 +15,19 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback
 from trl import SFTTrainer
+from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import add_fused_lm_head
 
 from agent.trainer.inbox import Leaving
+from agent.trainer.judging import Bad
 from agent.trainer.live import set_parameters
+from agent.trainer.packing import packed
 from agent.trainer.progress import Place
 from agent.trainer.randomness import unmoved
 from agent.trainer.reporter import Reporter
 from agent.trainer.saving import Job
-from agent.trainer.steps import Bad, Steps
+from agent.trainer.steps import Steps
+from agent.trainer.tables import NUMBER
 from protocol.worker import Note, Parameters
 
 
@@ -219,6 +224,17 @@ class ControlledSFTTrainer(ControlledMixin, SFTTrainer):  # type: ignore[misc]
         # Patched once more, over TRL's own patch: entropy and accuracy are not shown, so they are not computed.
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         add_fused_lm_head(model)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, *others: Any
+    ) -> Any:
+        """Return the rows tokenised, and packed so that a sequence knows the rows in it."""
+        if not packing or NUMBER not in get_dataset_column_names(dataset):
+            return super()._prepare_dataset(dataset, processing_class, args, packing, *others)
+        uncut = copy.copy(args)
+        uncut.max_length = None
+        tokenised = super()._prepare_dataset(dataset, processing_class, uncut, False, *others)
+        return packed(tokenised, args.max_length)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -3,8 +3,6 @@
 It takes the place of Trainer's, which counts its place in batches of one size and cannot take a step back.
 """
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -18,51 +16,25 @@ from agent.trainer.curve import logger
 from agent.trainer.errors import TrainerError
 from agent.trainer.healing import Asked, RandomStates
 from agent.trainer.inbox import Leaving
+from agent.trainer.judging import Done, Judging
 from agent.trainer.randomness import unmoved
-from agent.trainer.rewind import Skip, Skips
-from agent.trainer.saving import Saving
 from agent.trainer.streaming import Stream
+from agent.trainer.tables import NUMBER
 from protocol.failures import FailureReason
 from protocol.worker import Note, Parameters, ParametersSet
-
-USUAL = 16
-"""Steps before one, whose mean loss tells whether it is a spike."""
 
 MANY = 64
 """Attention masks that are kept before their tokens are summed up, where points are rare."""
 
 
-class Done(msgspec.Struct, frozen=True):
-    """A finished step, whose figures are still on the device."""
-
-    number: int
-    loss: torch.Tensor
-    norm: torch.Tensor
-    skipped: bool
-    """The gradient scaler passed the step over: its gradient had overflowed, and nothing is harmed."""
-    epoch: int
-    first: int
-    end: int
-    rows: list[int]
-
-
-@dataclass(eq=False)
-class Bad(Exception):
-    """A finished step that should not have been made."""
-
-    step: Done
-    what: str
-
-
-class Steps(Saving):
+class Steps(Judging):
     """The stepping part of `agent.trainer.control.ControlledMixin`."""
 
     control: Any
 
     def _start_stepping(self) -> None:
-        self._skips = Skips(self.job.checkpoints.folder)
+        self._start_judging()
         self._asked = Asked(self.job.checkpoints.folder)
-        self._trail: list[Done] = []
         self._worked: set[int] = set()
         """Sizes of a micro-batch that have gone through in this process."""
         self._retried = -1
@@ -158,16 +130,24 @@ class Steps(Saving):
         place.epoch, place.rows = step.epoch, step.end
         self.state.epoch = step.epoch + self._feed.share(place, self.state.max_steps)
         number = self.state.global_step
-        # A stream's rows have no place in a table; each brings its number along.
-        rows = step.rows or [int(row["row"]) for row in step.examples if "row" in row]
-        self._trail.append(Done(number, loss, norm, skipped, step.epoch, step.first, step.end, rows))
+        self._trail.append(
+            Done(
+                number,
+                loss,
+                norm,
+                skipped,
+                step.epoch,
+                step.first,
+                step.end,
+                step.rows,
+                # A stream's rows have no place in a table; each brings its number along.
+                [example[NUMBER] for example in step.examples if NUMBER in example],
+            )
+        )
         self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
         self._close_step(learning_rate)
 
     def _close_step(self, learning_rate: float) -> None:
-        raise NotImplementedError
-
-    def _judge_steps(self) -> None:
         raise NotImplementedError
 
     def _apply(self, step: Step) -> None:
@@ -182,7 +162,11 @@ class Steps(Saving):
             return
         number = self.state.global_step + 1
         if self._worked and number > self._start_step + 1 and self._asked.for_fresh_process(number):
-            self._say_fresh(f"Memory ran out in the middle of the optimizer's step {number} ({words}).")
+            self._say_fresh(
+                f"Memory ran out in the middle of the optimizer's step {number} ({words}), where some weights may have "
+                "moved already.",
+                "The job goes back to its last checkpoint (or to its beginning, where it has none)",
+            )
             raise Leaving("fresh_process", self.state.global_step)
         raise TrainerError(
             reason,
@@ -241,19 +225,9 @@ class Steps(Saving):
         before = min(place.micro, step.size)
         if before == 1:
             self._leave_for_memory(number, reason, words)
-        place.micro = -(-before // 2)
-        taken = Parameters(
-            batch_size=place.micro,
-            gradient_accumulation_steps=place.accumulation,
-            step_rows=place.step_rows,
-        )
-        progress, line = self.job.progress, self.job.inbox.line
-        progress.parameters = msgspec.structs.replace(
-            progress.parameters,
-            batch_size=place.micro,
-            gradient_accumulation_steps=place.accumulation,
-        )
+        taken = self._take_at_once(-(-before // 2))
         difference = self._difference(step, before)
+        line = self.job.inbox.line
         line.say(ParametersSet(number, taken))
         line.say(
             Note(
@@ -264,36 +238,73 @@ class Steps(Saving):
             )
         )
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def _take_at_once(self, micro: int) -> Parameters:
+        """Cut the steps from the next one on into micro-batches of ``micro`` rows, and return what is to be said."""
+        place, progress = self.job.progress.place, self.job.progress
+        place.micro = micro
+        progress.parameters = msgspec.structs.replace(
+            progress.parameters, batch_size=micro, gradient_accumulation_steps=place.accumulation
+        )
+        return Parameters(
+            batch_size=micro, gradient_accumulation_steps=place.accumulation, step_rows=place.step_rows
+        )
+
     def _difference(self, step: Step, before: int) -> str:
         """Measure by how much the loss of a step depends on its cut, and leave it in the present one."""
-        model, micro = self.model, self.job.progress.place.micro
-        losses: list[float] = []
-        model.eval()
+        micro = self.job.progress.place.micro
         try:
-            for size in (before, micro):
-                self._feed.again(step, size)
-                with unmoved(), self.compute_loss_context_manager():
-                    parts = [self._weigh(model, self._prepare_inputs(batch)) for batch in step.batches]
-                total = sum(float(part["eval_loss"][0].item()) for part in parts)
-                losses.append(total / max(1.0, sum(float(part["eval_loss"][1]) for part in parts)))
+            plain = self._loss_between(step, (before, micro), noisy=False)
+            noisy = (
+                self._loss_between(step, (before, micro), noisy=True)
+                if healing.draws_noise(self.model)
+                else None
+            )
         except (RuntimeError, MemoryError, OSError) as error:
             if not healing.is_out_of_memory(error):
                 raise
-        if len(losses) < 2:
+            noisy = plain = None
+        if plain is None:
             healing.make_room()
             self._feed.again(step, micro)
             return "By how much the sums differ could not be measured for want of memory."
-        noise = ", apart from dropout, whose masks are others now" if healing.draws_noise(self.model) else ""
+        if noisy is None:
+            return f"The loss of this step differs by {plain:.1g} between the two cuts."
         return (
-            f"The loss of this step differs by {abs(losses[0] - losses[1]):.1g} between the two cuts{noise}."
+            f"With dropout, whose masks are others from here on, the loss of this step differs by {noisy:.2g} between "
+            f"the two cuts, without it by {plain:.1g}; in later steps it may be more."
         )
 
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def _loss_between(self, step: Step, cuts: tuple[int, int], *, noisy: bool) -> float:
+        """Return how far a step's loss in one cut is from that in the other; ``noisy``: as training drops out."""
+        losses: list[float] = []
+        self.model.train(noisy)
+        for size in cuts:
+            self._feed.again(step, size)
+            # With the random numbers that the step is made with.
+            with unmoved(), self.compute_loss_context_manager():
+                parts = [self._weigh(self.model, self._prepare_inputs(batch)) for batch in step.batches]
+            total = sum(float(part["eval_loss"][0].item()) for part in parts)
+            losses.append(total / max(1.0, sum(float(part["eval_loss"][1]) for part in parts)))
+        return abs(losses[0] - losses[1])
+
     def _leave_for_memory(self, number: int, reason: FailureReason, words: str) -> None:
-        """End this process: for a fresh one, where a single row has fitted before, else for good."""
-        if 1 in self._worked and self._asked.for_fresh_process(number):
+        """End this process: for a fresh one, where as much has fitted before, else for good.
+
+        The fresh one begins with as many rows at once as have fitted in this one: its memory is in one piece.
+        """
+        if self._worked and self._asked.for_fresh_process(number):
+            most = max(self._worked)
+            fitted, goes_on = "which had fitted before", "The job goes on"
+            if most > 1:
+                self.job.inbox.line.say(ParametersSet(number, self._take_at_once(most)))
+                fitted, goes_on = (
+                    f"though {most} had fitted at once before",
+                    f"{goes_on} with {most} rows at once again",
+                )
             self._say_fresh(
-                f"Memory ran out at step {number} with a single row, which had fitted before ({words})."
+                f"Memory ran out at step {number} with a single row, {fitted} ({words}). No step is lost.",
+                goes_on,
             )
             self._judge_steps()
             self._save_now([("fresh_process", "")])
@@ -306,93 +317,7 @@ class Steps(Saving):
             step=number,
         )
 
-    def _say_fresh(self, why: str) -> None:
+    def _say_fresh(self, why: str, goes_on: str = "The job goes on") -> None:
         self.job.inbox.line.say(
-            Note("warning", f"{why} The job goes on in a new process, whose memory is in one piece.")
+            Note("warning", f"{why} {goes_on} in a new process, whose memory is in one piece.")
         )
-
-    # Steps that went wrong
-
-    def _taken_trail(self) -> list[Done]:
-        done, self._trail = self._trail, []
-        return done
-
-    def _first_bad(self, done: list[Done]) -> Bad | None:
-        """Bring the figures of steps over from the device, and judge each."""
-        if not done:
-            return None
-        progress = self.job.progress
-        # The one wait for the device.
-        tensors = [figure for step in done for figure in (step.loss, step.norm)]
-        try:
-            figures = torch.stack([figure.float() for figure in tensors]).tolist()
-        except RuntimeError as error:
-            if not healing.is_out_of_memory(error):
-                raise
-            figures = [float(figure.item()) for figure in tensors]  # slower, and takes no memory
-        bad: Bad | None = None
-        for at, step in enumerate(done):
-            loss, norm = figures[2 * at], figures[2 * at + 1]
-            progress.window_loss += loss
-            progress.window_steps += 1
-            self._norm = norm
-            if bad is None:
-                what = self._fault(step, loss, norm)
-                bad = Bad(step, what) if what else None
-            if bad is None:
-                progress.add_steps([(step.number, loss)])
-        return bad
-
-    def _fault(self, step: Done, loss: float, norm: float) -> str:
-        if not math.isfinite(loss):
-            return "loss is not a finite number"
-        if not math.isfinite(norm) and not step.skipped:
-            return "gradient is not a finite number"
-        factor = self.job.schedule.spike_factor
-        recent = [value for _, value in self.job.progress.trail[-USUAL:]]
-        if factor is not None and len(recent) == USUAL and loss > factor * sum(recent) / USUAL:
-            return f"loss is {loss:.4g}, more than {factor:g} times its mean of the {USUAL} steps before"
-        return ""
-
-    def _answer_to(self, bad: Bad) -> Exception:
-        """Return what to raise for a bad step: back before it without its rows where the job says so, else the end."""
-        step, schedule = bad.step, self.job.schedule
-        rows = self._numbers(step.rows)
-        listed = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-        fed = f" It was fed by rows {listed}." if rows else ""
-        made = len(self._skips.entries)
-        if schedule.on_bad_loss == "rewind" and made < schedule.max_rewinds:
-            self._skips.add(
-                Skip(
-                    step=step.number,
-                    epoch=step.epoch,
-                    first=step.first,
-                    end=step.end,
-                    why=bad.what,
-                    rows=rows,
-                )
-            )
-            self.job.inbox.line.say(
-                Note(
-                    "warning",
-                    f"At optimizer step {step.number} the {bad.what}.{fed} Training goes back to the last good "
-                    f"checkpoint and leaves these rows out ({made + 1} of at most {schedule.max_rewinds} times).",
-                )
-            )
-            return Leaving("fresh_process", step.number - 1)
-        gone_back = f" Training has gone back {made} times before this." if made else ""
-        return TrainerError(
-            FailureReason.NON_FINITE_LOSS,
-            f"At optimizer step {step.number} the {bad.what}, so the weights are of no use from there on.{fed}"
-            f"{gone_back} Lower the learning rate ({self._get_learning_rate():.3g} now), raise warmup_steps, or look "
-            "at these rows; the last checkpoint is from before that step.",
-            rows=rows,
-            step=step.number,
-        )
-
-    def _numbers(self, rows: list[int]) -> list[int]:
-        """Return the numbers that the user knows rows by: those in their file, where the data set has them."""
-        table = self.train_dataset
-        if isinstance(table, datasets.Dataset) and rows and "row" in table.column_names:
-            return [int(number) for number in table.select(rows)["row"]]
-        return rows

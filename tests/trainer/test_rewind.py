@@ -1,5 +1,6 @@
 """A loss that is no number, or a spike: back to before it, without its rows."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,26 @@ def poison(tiny_tokenizer: Any, request: pytest.FixtureRequest) -> Iterator[None
     handle.remove()
 
 
+@pytest.fixture
+def fed(tiny_tokenizer: Any) -> Iterator[list[str]]:
+    """The text of each batch that was trained on, padding and all."""
+    texts: list[str] = []
+
+    def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if isinstance(module, LlamaModel) and module.training:
+            texts.append("".join(tiny_tokenizer.batch_decode(kwargs["input_ids"])))
+
+    handle = torch.nn.modules.module.register_module_forward_hook(hook, with_kwargs=True)
+    yield texts
+    handle.remove()
+
+
+def lines_in(text: str, rows: list[dict[str, Any]], tokenizer: Any) -> list[int]:
+    """Return the numbers of those rows that stand in a batch, whole."""
+    said = [tokenizer.apply_chat_template(row["messages"], tokenize=False).rstrip() for row in rows]
+    return [number for number, one in enumerate(said, 1) if one in text]
+
+
 REWIND = {"on_bad_loss": "rewind", "save_steps": 2, "max_steps": 16}
 
 
@@ -88,6 +109,46 @@ def test_the_rows_of_a_stream_are_named_too(jobs: Jobs, poisoned: Path, poison: 
     with pytest.raises(TrainerError) as caught:
         jobs.run("job", training={"max_steps": 16}, rows=poisoned, streaming=True)
     assert BAD_LINE in caught.value.rows
+
+
+PACKED = {"packing": True, "batch_size": 1, "max_length": 128, "max_steps": 16}
+
+
+@pytest.mark.parametrize("poison", [float("nan")], indirect=True)
+@pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
+def test_of_packed_sequences_the_rows_in_them_are_named(
+    jobs: Jobs, poisoned: Path, poison: None, streaming: bool, fed: list[str], tiny_tokenizer: Any
+) -> None:
+    rows = [json.loads(line) for line in poisoned.read_text().splitlines()]
+    with pytest.raises(TrainerError) as caught:
+        jobs.run("job", training=PACKED, rows=poisoned, streaming=streaming)
+    (text,) = [text for text in fed if POISON * 3 in text][:1]
+    assert BAD_LINE in caught.value.rows
+    assert sorted(caught.value.rows) == lines_in(text, rows, tiny_tokenizer)
+    assert 2 < len(caught.value.rows) < 20
+    assert f"a packed sequence of the {len(caught.value.rows)} rows" in caught.value.sentence
+
+
+@pytest.mark.parametrize("poison", [float("nan")], indirect=True)
+@pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
+def test_a_packed_sequence_is_left_out_with_all_its_rows(
+    jobs: Jobs, poisoned: Path, poison: None, streaming: bool, fed: list[str], tiny_tokenizer: Any
+) -> None:
+    rows = [json.loads(line) for line in poisoned.read_text().splitlines()]
+    training = {**REWIND, **PACKED, "max_steps": 6}
+    first = jobs.run("job", training=training, rows=poisoned, streaming=streaming)
+    assert isinstance(first.last, Left)
+    (note,) = [note.text for note in first.of(Note) if "optimizer step" in note.text]
+    (skip,) = Skips(jobs.checkpoints()).entries
+    assert sorted(skip.rows) == lines_in(fed[-1], rows, tiny_tokenizer)
+    assert skip.end - skip.first == 1
+    assert f"leaves this sequence of {len(skip.rows)} rows out" in note
+    fed.clear()
+    last = jobs.run("job", attempt=2, training=training, rows=poisoned, streaming=streaming).last
+    assert isinstance(last, Finished | Left)
+    before = fed if isinstance(last, Finished) else fed[:-1]
+    assert before
+    assert not any(POISON * 3 in text for text in before)
 
 
 @pytest.mark.parametrize("poison", [40.0], indirect=True)
