@@ -1,19 +1,21 @@
 """Out of memory on real runs of a tiny model: a hook raises the allocator's own exception."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from agent.trainer import healing
 from agent.trainer.errors import TrainerError
 from protocol.failures import FailureReason
 from protocol.jobspec import LoraSpec
-from protocol.worker import Cancel, Left, Metrics, Note, ParametersSet, Pause, Ready, Saved
+from protocol.worker import Cancel, Left, Metrics, Note, Parameters, ParametersSet, Pause, Ready, Saved
 from tests.trainer.conftest import Jobs, RecordingLine, chat_rows, curve, write_jsonl
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
@@ -55,7 +57,9 @@ def device(error: Callable[[], Exception] = cuda_error, backward: bool = False) 
     made = Device(error)
 
     def forward(module: Any, args: Any) -> None:
-        made.allocate(module, args)
+        # A pass that nothing is learnt from keeps nothing for the way back.
+        if torch.is_grad_enabled() or not made.training_only:
+            made.allocate(module, args)
 
     def watch_backward(module: Any, args: Any, output: Any) -> None:
         if isinstance(module, LlamaMLP) and output.requires_grad:
@@ -165,6 +169,90 @@ def test_a_single_row_that_had_fitted_goes_on_in_a_fresh_process_once(jobs: Jobs
     again = jobs.run("job", attempt=2, training=training, lora=LoraSpec(r=4, dropout=0.2))
     assert curve(left, again) == curve(untouched)
     assert again.last.weights_hash == untouched.last.weights_hash
+
+
+def test_where_many_rows_had_fitted_a_fresh_process_takes_as_many_again(jobs: Jobs) -> None:
+    wanted: dict[str, Any] = {"training": {"max_steps": 6}, "lora": LoraSpec(r=4, dropout=0.2)}
+    untouched = jobs.run("untouched", **wanted)
+    with device() as small:
+        small.once_in = {5, 6, 7, 8}  # in the third step: four rows, four again, two, and one
+        left = jobs.run("job", **wanted)
+    assert left.last == Left("fresh_process", 2)
+    (note,) = [note.text for note in left.of(Note) if "new process" in note.text]
+    assert "with a single row, though 4 had fitted at once before" in note
+    assert "with 4 rows at once again" in note
+    told = [(said.step, said.parameters) for said in left.of(ParametersSet)]
+    assert [given.batch_size for _, given in told] == [2, 1, 4]
+    again = jobs.run("job", attempt=2, applied=told, parameters=Parameters(batch_size=4), **wanted)
+    assert again.of(Ready)[0].batch_size == 4
+    # So not even the masks are others.
+    assert curve(left, again) == curve(untouched)
+    assert again.last.weights_hash == untouched.last.weights_hash
+
+
+@contextlib.contextmanager
+def torn_optimizer(at: int) -> Iterator[None]:
+    """Let memory run out in the optimizer's step of that number, when a weight has moved already."""
+    count = 0
+
+    def hook(optimizer: Any, args: Any, kwargs: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == at:
+            with torch.no_grad():
+                optimizer.param_groups[0]["params"][0].add_(1.0)
+            raise cuda_error()
+
+    handle = register_optimizer_step_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_memory_that_runs_out_in_the_optimizer_costs_the_steps_since_the_last_checkpoint(jobs: Jobs) -> None:
+    wanted: dict[str, Any] = {"training": {"save_steps": 2}, "lora": LoraSpec(r=4, dropout=0.2)}
+    untouched = jobs.run("untouched", **wanted)
+    with torn_optimizer(at=6):
+        left = jobs.run("job", **wanted)
+    assert left.last == Left("fresh_process", 5)
+    assert [saved.step for saved in left.of(Saved)] == [2, 4]
+    (note,) = [note.text for note in left.of(Note) if "new process" in note.text]
+    assert "in the middle of the optimizer's step 6" in note
+    assert "goes back to its last checkpoint" in note
+    again = jobs.run("job", attempt=2, **wanted)
+    assert again.of(Ready)[0].start_step == 4
+    assert curve(left, again) == curve(untouched)
+    assert again.last.weights_hash == untouched.last.weights_hash
+    # Once; if the same step does it again, there is a sentence.
+    with torn_optimizer(at=6):
+        jobs.run("other", **wanted)
+    with torn_optimizer(at=2), pytest.raises(TrainerError) as caught:
+        jobs.run("other", attempt=2, **wanted)
+    assert "for the optimizer's state at step 6" in caught.value.sentence
+
+
+def test_an_optimizer_whose_state_does_not_fit_ends_the_job_with_a_sentence(jobs: Jobs) -> None:
+    with torn_optimizer(at=1), pytest.raises(TrainerError) as caught:
+        jobs.run("job")
+    assert caught.value.reason is FailureReason.DEVICE_MEMORY
+    assert "for the optimizer's state at step 1" in caught.value.sentence
+    assert "adamw_8bit" in caught.value.sentence
+
+
+def test_with_dropout_the_note_tells_the_difference_that_there_is(jobs: Jobs) -> None:
+    wanted: dict[str, Any] = {"training": {"max_steps": 5}, "lora": LoraSpec(r=4, dropout=0.3)}
+    untouched = jobs.run("untouched", **wanted)
+    with device() as small:
+        small.once_in = {9, 10}  # in the fifth step, twice in a row
+        healed = jobs.run("job", **wanted)
+    (note,) = [note.text for note in healed.of(Note) if "Memory ran out" in note.text]
+    difference = abs(healed.points[5]["train_loss"] - untouched.points[5]["train_loss"])
+    assert difference > 1e-4
+    said = re.search(r"With dropout, .* differs by (\S+) between the two cuts, without it by (\S+);", note)
+    assert said is not None, note
+    assert float(said[1]) == pytest.approx(difference, rel=0.06)
+    assert float(said[2]) < 1e-5
 
 
 def test_a_single_row_that_does_not_fit_ends_the_job_with_a_sentence(jobs: Jobs) -> None:
