@@ -51,7 +51,7 @@ def test_compression_is_measured_and_checked(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(compression, "MODEL", SMALL)
     monkeypatch.setattr(compression, "LEVELS", (1,))
     figures = compression.compress(tmp_path, steps=2, megabytes=1)
-    assert len(figures) == 4
+    assert len(figures) == 5 and figures["compress_checkpoint_fp32"].target == 0.86
     noise = figures["compress_weights_bf16_normal_level1"].public()
     assert 0.6 < noise["value"] < 0.75 < noise["ungrouped"] < 0.85
 
