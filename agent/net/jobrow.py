@@ -64,8 +64,8 @@ class JobRow:
     def __repr__(self) -> str:
         return f"<JobRow {self._refusals}>"
 
-    async def put(self, job_id: str, fields: dict[str, Any]) -> None:
-        """Write fields. Raises RestError, and NotStored where the platform itself refuses them."""
+    async def put(self, job_id: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """Write fields and return the answer. Raises RestError, and NotStored where the platform itself refuses."""
         try:
             answer = await self._client.call("POST", JOBS, hosted.plain({"job_id": job_id, **fields}))
         except Said as said:
@@ -77,7 +77,7 @@ class JobRow:
                 raise NotStored(str(unclear)) from None
             raise
         if answer.get("persisted") is True:
-            return
+            return answer
         why = f"job {job_id}: the backend did not store what it was told"
         if answer.get("accepted") is True:
             # Its 202: "accepted", and nothing is stored.

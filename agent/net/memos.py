@@ -108,7 +108,7 @@ class Memos:
         memo.until = self._until(job_id, self._patience)
         await self.keep(job_id, memo)
         try:
-            answer = await self.client.call(method, path, body, token=token)
+            answer = await self.client.call(method, path, hosted.plain(body), token=token)
         except (Said, Unreached) as refused:
             if isinstance(refused, Said) and refused.status == 401:
                 await self.uplink.keep_token(job_id, await recovered(self.client, job_id))
@@ -136,8 +136,8 @@ class Memos:
 
     async def patch(self, job_id: str, status: str, **more: str) -> None:
         """Set the job's status there. Raises RestError."""
-        body = hosted.plain({"status": status, **more})
-        await self.call("PATCH", f"{JOB}/status".format(job_id=job_id), job_id, body)
+        path = f"{JOB}/status".format(job_id=job_id)
+        await self.call("PATCH", path, job_id, {"status": status, **more})
 
     async def said(self, job_id: str) -> str:
         """Return the job's status there. Raises RestError."""

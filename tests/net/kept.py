@@ -59,8 +59,10 @@ class Kept(Records):
         self.notes |= notes
 
     async def settled(self, key: Key, seq: int, notes: Mapping[str, str]) -> None:
-        self.notes |= notes
-        await self.acked(key, seq)
+        # One commit, as the journal's: whoever is killed here has both or neither.
+        with anyio.CancelScope(shield=True):
+            await self.acked(key, seq)
+            self.notes |= notes
 
     async def announce(self, told: Mapping[str, str], notes: Mapping[str, str], *, warn: bool = True) -> None:
         self.notes |= notes
