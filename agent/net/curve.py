@@ -67,6 +67,10 @@ class Curve:
         job_id, at = key.scope, records[0][0]
         if job_id not in self._sure:
             await self._settle(job_id, memo)
+        # What is known to be there is known whether or not the records are settled: else it would be taken for a batch
+        # in doubt.
+        kept = await self._memos.of(job_id)
+        kept.knows(memo)
         head = self._memos.uplink.heads().get(key, at)
         waited = time.time() - getattr(records[0][1], "time", math.inf)
         if head - at >= LATE and waited >= LATE_BY and job_id not in self._late:
@@ -90,6 +94,8 @@ class Curve:
                 if news:
                     rows.append(row)
                     fresh[_place(row)] = _loss(row)
+                else:
+                    memo.carried = hosted.carry([row], memo.carried)
             if len(rows) >= POINTS:
                 break
         if rows:
@@ -98,10 +104,11 @@ class Curve:
             memo.owes = True
         if rows:
             # What the call keeps: after a crash nothing else would say that the figures are to be shown.
-            (await self._memos.of(job_id)).owes = memo.owes
+            kept.owes = memo.owes
             self._sure.discard(job_id)
             await self._memos.call("POST", METRICS, job_id, {"job_id": job_id, "metrics": rows})
             memo.rows += len(rows)
+            kept.knows(memo)
         if again and job_id in self._stored:
             self._stored[job_id] |= fresh
         else:

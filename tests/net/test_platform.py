@@ -99,7 +99,7 @@ def test_nothing_is_lost_or_doubled_under_any_mixture_of_faults_and_crashes(seed
             told += lines
             store.print(*lines)
             if number % 3 == 0:
-                store.add(store.control, JobFacts(1e9, 1, 100 + number, 2.5, 0, 90, 10, 4, 2, 2e-4))
+                store.add(store.control, JobFacts(1e9, 1, 106, 2.5, 0, 90, 10, 4, 2, 2e-4))
             if chance.random() < 0.2:
                 store.evaluated(step, 1.0)
             if chance.random() < 0.3:

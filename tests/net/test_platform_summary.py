@@ -4,12 +4,15 @@ import math
 from typing import Any
 
 import anyio
+import msgspec
 import pytest
 
+from agent.net.client import Unclear, Unreached
 from protocol.records import JobFacts, Notice
 from protocol.session import Key
 from tests.net.kept import Kept, client, deliver, drain, kept
 from tests.support.platform import Platform
+from tests.support.programs import wait_until
 
 
 def losses(platform: Platform, store: Kept) -> list[tuple[int, float | None]]:
@@ -34,6 +37,48 @@ def test_an_evaluation_leaves_the_last_figures_of_training_standing(alone: bool,
         assert (row["eval_loss"], row["perplexity"], row["current_step"]) == (1.5, 2.0, 3)
         # No second point for it.
         assert [point["step"] for point in platform.chart(store.job_id)] == [1, 2, 3, 3]
+
+
+def test_an_evaluation_that_was_in_doubt_stays_in_the_summary() -> None:
+    with Platform() as platform:
+        store = kept(platform)
+        store.step(1)
+        store.step(2)
+        store.evaluated(2, 1.5)
+        platform.fault("metrics", "lost")
+        deliver(platform, store)
+        # What is carried is what was sent, and not how the job stands by now.
+        store.held[store.job_id] = msgspec.structs.replace(store.held[store.job_id], values={})
+        store.step(3)
+        deliver(platform, store)
+        assert platform.rows[store.job_id]["eval_loss"] == 1.5
+
+
+def test_points_that_are_stored_and_not_settled_hide_no_later_ones_in_doubt() -> None:
+    with Platform() as platform:
+        store = kept(platform)
+        platform.late = 0.7
+
+        async def run() -> None:
+            rest = client(platform, 0.3)
+            store.evaluated(3, 1.5)
+            platform.fault("jobs", "502")
+            platform.fault("metrics", "", "late")
+            with pytest.raises(Unclear):
+                # Stored, and its figures are still to be shown.
+                await drain(rest, store, 60.0, 0.3).batch(store.metrics)
+            store.step(4)
+            made = drain(rest, store, 60.0, 0.3)
+            with pytest.raises(Unclear):
+                await made.batch(store.metrics)
+            with pytest.raises(Unreached):
+                # What is seen now is the first batch and not the second.
+                await made.batch(store.metrics)
+            await rest.close()
+
+        anyio.run(run)
+        wait_until(lambda: not platform.at_work, "the platform to do what was given up")
+        assert [point["step"] for point in platform.chart(store.job_id)] == [3, 4]
 
 
 def test_figures_that_its_table_refuses_hold_no_points_up() -> None:
