@@ -66,13 +66,13 @@ def planned(spec: JobSpec, precision: Precision, config: Any, *, remote_code: bo
     if spec.lora is None:
         largest = max(parameter.numel() for parameter in model.parameters()) * wide
         return _sizes(spec, base, base, bytes_held, base * wide, largest, base * wide)
-    added, copied, biases = _adapter(spec.lora, model, head)
-    # PEFT keeps an adapter in float32, but for one beside 16-bit weights, which TRL keeps in theirs.
-    adapter_wide = 4 if spec.model.quantization is not None else wide
-    trained = added * adapter_wide + copied * wide + biases * wide
-    trainable = added + copied + biases
-    held = bytes_held + added * adapter_wide + copied * wide
-    return _sizes(spec, base + added + copied, trainable, held, trained, 0, 0)
+    added, magnitudes, copied, biases = _adapter(spec.lora, model, head)
+    trainable = added + magnitudes + copied + biases
+    # Beside quantised weights TRL holds what is trained in bfloat16, but for DoRA's magnitudes.
+    short, long = (2, 4) if spec.model.quantization is not None else (wide, wide)
+    trained = (trainable - magnitudes) * short + magnitudes * long
+    held = bytes_held + (added + copied) * short + magnitudes * long
+    return _sizes(spec, base + added + magnitudes + copied, trainable, held, trained, 0, 0)
 
 
 def loaded(spec: JobSpec, model: Any) -> Sizes:
@@ -145,9 +145,9 @@ def _quantized(count: int, rows: int, how: Quantization) -> int:
     return -(-count // 2) + held
 
 
-def _adapter(lora: LoraSpec, model: Any, head: Any) -> tuple[int, int, int]:
-    """Return how many numbers an adapter adds, how many it copies whole, and how many biases it trains."""
-    added = copied = biases = 0
+def _adapter(lora: LoraSpec, model: Any, head: Any) -> tuple[int, int, int, int]:
+    """Return how many numbers an adapter adds, how many as magnitudes, how many it copies whole, and its biases."""
+    added = magnitudes = copied = biases = 0
     for name, module in model.named_modules():
         if any(name == kept or name.endswith(f".{kept}") for kept in lora.modules_to_save):
             copied += sum(parameter.numel() for parameter in module.parameters())
@@ -167,5 +167,6 @@ def _adapter(lora: LoraSpec, model: Any, head: Any) -> tuple[int, int, int]:
         outputs, inputs = weight.shape
         if isinstance(module, torch.nn.Embedding):
             outputs, inputs = inputs, outputs
-        added += lora.r * (outputs + inputs) + (outputs if lora.use_dora else 0)
-    return added, copied, biases
+        added += lora.r * (outputs + inputs)
+        magnitudes += outputs if lora.use_dora else 0
+    return added, magnitudes, copied, biases

@@ -46,10 +46,14 @@ class Folders:
     def __exit__(self, *failure: object) -> None:
         self._done.set()
         self._thread.join()
+        self._add_up()
 
     def _look(self) -> None:
         while not self._done.wait(0.02):
-            self.most = max(self.most, sum(map(_bytes_below, self._folders)))
+            self._add_up()
+
+    def _add_up(self) -> None:
+        self.most = max(self.most, sum(map(_bytes_below, self._folders)))
 
 
 def _bytes_below(folder: str) -> int:

@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import get_peft_model
 from transformers import AutoConfig
 
-from agent.trainer import sizes
+from agent.trainer import contents, sizes, tensorfile
 from agent.trainer.model import choose_precision, load_model, load_tokenizer, old_name_allowed
 from protocol.jobspec import JobSpec, LoraSpec, Method, ModelSpec, Quantization, TrainingSpec
 from protocol.worker import Limits, Workspace
+from tests.trainer.conftest import Jobs
 
 FORMS = {
     "full": {},
@@ -26,6 +28,7 @@ FORMS = {
     "nf4": {"lora": LoraSpec(r=4), "quantization": Quantization(bits=4)},
     "nf4, double": {"lora": LoraSpec(r=4), "quantization": Quantization(bits=4, double_quant=True)},
     "int8": {"lora": LoraSpec(r=4), "quantization": Quantization(bits=8)},
+    "int8, dora": {"lora": LoraSpec(r=4, use_dora=True), "quantization": Quantization(bits=8)},
 }
 
 
@@ -43,6 +46,8 @@ def test_the_plan_is_what_is_loaded(tiny_model: Path, tmp_path: Path, form: str)
             # Said of tied embeddings whose module is saved whole.
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
             model = get_peft_model(model, held.adapter)
+    if spec.model.quantization is not None:
+        _as_trl_holds_it(model)
     real = sizes.loaded(spec, model)
     assert planned.trainable == real.trainable
     assert planned.trained == real.trained
@@ -52,6 +57,24 @@ def test_the_plan_is_what_is_loaded(tiny_model: Path, tmp_path: Path, form: str)
     if spec.model.quantization is None:
         # Of packed weights the loaded model counts its own way.
         assert planned.parameters == real.parameters
+
+
+def _as_trl_holds_it(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_magnitude_vector" not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("form", ["lora", "nf4", "int8, dora"])
+def test_a_checkpoint_is_as_large_as_planned(jobs: Jobs, tiny_model: Path, form: str) -> None:
+    jobs.run(**FORMS[form], training={"max_steps": 1})
+    start = jobs.start(**FORMS[form], training={"max_steps": 1})
+    precision = choose_precision(start.spec, start.limits, lambda level, text: None)
+    planned = sizes.planned(start.spec, precision, AutoConfig.from_pretrained(tiny_model))
+    folder = jobs.checkpoints() / "step-1"
+    written = [tensorfile.read(folder, name) for name in (contents.ADAPTER, contents.OPTIMIZER)]
+    size = sum(one.numel() * one.element_size() for group in written for one in group.values())
+    assert planned.checkpoint == pytest.approx(size, rel=0.05)
 
 
 def test_the_reference_is_counted_for_full_dpo_alone() -> None:
