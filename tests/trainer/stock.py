@@ -5,6 +5,8 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -50,7 +52,7 @@ def pause(control: Any) -> None:
 class Ended:
     """What is left of a run."""
 
-    trainer: SFTTrainer
+    trainer: Any
     losses: dict[int, float]
     weights: str
     folder: Path
@@ -62,6 +64,20 @@ def rows(count: int = 48, seed: int = 0, longest: int = 24) -> Dataset:
     rng = random.Random(seed)
     return Dataset.from_list(
         [{"input_ids": [rng.randrange(5, 260) for _ in range(rng.randint(6, longest))]} for _ in range(count)]
+    )
+
+
+def pairs(count: int = 48) -> Dataset:
+    """Return preference pairs of uneven length."""
+    rng = random.Random(4)
+
+    def said(most: int) -> str:
+        return " ".join(
+            rng.choice(("red", "green", "cat", "sun", "runs")) for _ in range(rng.randint(2, most))
+        )
+
+    return Dataset.from_list(
+        [{"prompt": said(5), "chosen": said(7), "rejected": said(7)} for _ in range(count)]
     )
 
 
@@ -88,12 +104,13 @@ class Stock:
         lora: bool = True,
         bits: BitsAndBytesConfig | None = None,
         data: Dataset | None = None,
-        kind: type[SFTTrainer] = SFTTrainer,
+        kind: type[Any] = SFTTrainer,
+        config: type[Any] = SFTConfig,
         eval_data: Dataset | None = None,
         streaming: bool = False,
         distributed: DistributedConfig | None = None,
         **changes: Any,
-    ) -> SFTTrainer:
+    ) -> Any:
         set_seed(1)
         data = data if data is not None else rows()
         if streaming:
@@ -121,7 +138,7 @@ class Stock:
         }
         return kind(
             model=model,
-            args=SFTConfig(output_dir=str(self.folder / name), **arguments),
+            args=config(output_dir=str(self.folder / name), **arguments),
             train_dataset=data,
             eval_dataset=eval_data,
             processing_class=self.tokenizer,
@@ -150,6 +167,36 @@ class Stock:
         whole = self.run(f"{name}-whole", **changes)
         first = self.run(name, pause_at=PAUSE, **changes)
         return whole, first, self.run(name, resume=True, **changes)
+
+
+def resumed_elsewhere(stock: Stock, name: str) -> tuple[dict[int, float], str]:
+    """Resume a paused job in a fresh interpreter, and return the losses and the weights it came to."""
+    program = (
+        "import json, sys; from pathlib import Path; from transformers import AutoTokenizer\n"
+        "from tests.trainer.stock import Stock\n"
+        "folder, model, name = sys.argv[1:]\n"
+        "ended = Stock(Path(folder), Path(model), AutoTokenizer.from_pretrained(model)).run(name, resume=True)\n"
+        "Path(folder, 'ended.json').write_text(json.dumps([list(ended.losses.items()), ended.weights]))\n"
+    )
+    command = [sys.executable, "-c", program, str(stock.folder), str(stock.model), name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    losses, weights = json.loads((stock.folder / "ended.json").read_text())
+    return dict(map(tuple, losses)), weights
+
+
+def forked(body: Callable[[], Any]) -> int:
+    """Run ``body`` in a forked process; return its exit status, as a negative number if a signal ended it."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)  # the parent's pool of threads is not there in a forked process
+            body()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def in_ranks(folder: Path, body: Callable[[], Any]) -> list[Any]:
