@@ -119,6 +119,8 @@ def test_nothing_is_lost_or_doubled_under_any_mixture_of_faults_and_crashes(seed
 
             anyio.run(for_a_while)
         platform._faults.clear()
+        # Figures that a killed agent had sent may be shown late, over newer ones: the last word comes after them.
+        wait_until(lambda: not platform.at_work, "the platform to do what was given up")
         store.add(store.control, Result(1e9, 1, "/m", "", "", step, {"train_loss": 0.5}))
         store.status("completed")
         deliver(platform, store, within, settle)
