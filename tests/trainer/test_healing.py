@@ -12,7 +12,6 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from agent.trainer import healing
 from agent.trainer.errors import TrainerError
 from protocol.failures import FailureReason
 from protocol.jobspec import LoraSpec, Method, Quantization
@@ -320,23 +319,6 @@ def test_memory_that_runs_out_at_many_random_places(kind: str, jobs: Jobs, pair_
     run_out_at_random(jobs, pair_file, kind, range(1, 20))
 
 
-def test_only_a_lack_of_memory_is_one() -> None:
-    for error in (torch.OutOfMemoryError(CUDA), MemoryError(), RuntimeError(CPU), OSError(12, "no memory")):
-        assert healing.is_out_of_memory(error)
-    for error in (
-        RuntimeError("CUDA error: an illegal memory access"),
-        ValueError("out of memory"),
-        OSError(28, ""),
-    ):
-        assert not healing.is_out_of_memory(error)
-
-
-def test_each_step_may_ask_for_one_fresh_process(tmp_path: Path) -> None:
-    assert healing.Asked(tmp_path).for_fresh_process(3)
-    assert not healing.Asked(tmp_path).for_fresh_process(3)
-    assert healing.Asked(tmp_path).for_fresh_process(4)
-
-
 def test_a_heal_that_does_not_divide_the_step_is_replayed_as_it_was(jobs: Jobs) -> None:
     wanted: dict[str, Any] = {"training": {"batch_size": 3, "save_steps": 3}, "lora": LoraSpec(r=4)}
     with device() as small:
@@ -385,22 +367,3 @@ def test_a_held_out_row_that_had_fitted_goes_on_in_a_fresh_process(jobs: Jobs) -
     again = jobs.run("job", attempt=2, **wanted)
     assert curve(left, again) == curve(untouched)
     assert again.last.weights_hash == untouched.last.weights_hash
-
-
-def test_a_scaled_step_whose_clipping_was_given_up_is_made_again() -> None:
-    weight = torch.nn.Parameter(torch.ones(2))
-    optimizer, scaler = torch.optim.SGD([weight], lr=1.0), torch.amp.GradScaler("cpu", init_scale=1024.0)
-
-    def backward() -> None:
-        optimizer.zero_grad()
-        scaler.scale(weight.sum()).backward()
-        scaler.unscale_(optimizer)
-
-    backward()  # memory ended in the clipping that follows
-    healing.forget_unscaled(scaler)
-    backward()
-    scaler.step(optimizer)
-    scaler.update()
-    assert weight.tolist() == [0.0, 0.0]
-    assert scaler.get_scale() == 1024.0
-    healing.forget_unscaled(None)
