@@ -7,17 +7,17 @@ from typing import Any, ClassVar
 from loguru import logger
 
 from agent.core.job import Job
-from agent.net import hosted
+from agent.net import hosted, predictions
 from agent.net.client import ANSWER_WITHIN, IN_ALL, RestClient, Said, Unclear
 from agent.net.curve import Curve
 from agent.net.drain import LOOK_EVERY, READ_BYTES, Drain, Store
 from agent.net.hosted import Memo
-from agent.net.jobrow import JobRow
+from agent.net.jobrow import GIVEN_UP, JobRow
 from agent.net.lines import Lines
 from agent.net.memos import Memos
 from protocol.lifecycle import TERMINAL, JobState, Want
 from protocol.messages import Desired, Lane
-from protocol.records import JobFacts, JobStatus, Notice, ParametersApplied, Schema
+from protocol.records import JobFacts, JobStatus, Notice, ParametersApplied, Result, Schema
 from protocol.session import Key
 
 KEEPALIVE = 120.0
@@ -138,11 +138,26 @@ class PlatformDrain(Drain):
                     memo.begun = (record.attempt, record.start_step)
                 job = self.uplink.jobs().get(job_id)
                 given_up = await self._row.tell(job_id, hosted.fields_of(record, job.values if job else None))
+                if isinstance(record, Result):
+                    given_up = await self._predict(job_id, record, int(job.epoch) if job else 0) or given_up
         if given_up:
             await self.uplink.announce({job_id: given_up}, {})
         await self._memos.settled(key, seq, memo, **notes)
         self.sent += 1
         return seq
+
+    async def _predict(self, job_id: str, result: Result, epoch: int) -> str:
+        """Send a job's samples; return what of them is given up, as a sentence."""
+        what = "the samples"
+        try:
+            self.sent += await predictions.send(self._memos, job_id, result, epoch=epoch)
+        except Unclear as error:
+            if not (_refused(error) and self._row.refused(job_id, what, error)):
+                raise
+            logger.error("job {}: the platform does not store {}: {}", job_id, what, error)
+            return GIVEN_UP.format(what=what, why=error)
+        self._row.forget(job_id, what)
+        return ""
 
     async def _status_of(self, job_id: str, record: JobStatus, memo: Memo) -> str:
         """Tell a status; return what of it is given up, as a sentence."""

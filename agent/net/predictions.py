@@ -3,14 +3,13 @@
 Its inserts are plain and nobody numbers them, so what is there is read before anything is sent.
 """
 
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from agent.net.client import RestClient, Unclear
+from agent.net.memos import Memos
+from agent.net.poll import told
 from protocol.records import Result
 from protocol.rest import PREDICTIONS, PREDICTIONS_OF
-
-Call = Callable[[str, str, str, object], Awaitable[dict[str, Any]]]
 
 
 def rows_of(result: Result, job_id: str, user_id: str, epoch: int) -> list[dict[str, Any]]:
@@ -38,19 +37,22 @@ def rows_of(result: Result, job_id: str, user_id: str, epoch: int) -> list[dict[
     return rows
 
 
-async def send(
-    client: RestClient, call: Call, job_id: str, result: Result, *, user_id: str, epoch: int
-) -> int:
-    """Have the platform hold the samples of a completed job, each once; return how many were sent.
-
-    ``call`` asks with the job's token: method, path, job, body. Raises RestError.
-    """
-    rows = rows_of(result, job_id, user_id, epoch)
-    held = await _held(client, job_id) if rows else set()
-    lacking = [row for row in rows if (row["step"], row["sample_index"]) not in held]
-    if lacking:
-        await call("POST", PREDICTIONS, job_id, {"job_id": job_id, "predictions": lacking})
-    return len(lacking)
+async def send(memos: Memos, job_id: str, result: Result, *, epoch: int) -> int:
+    """Have the platform hold the samples of a completed job, each once; return how many were sent. Raises RestError."""
+    if not result.samples:
+        return 0
+    # What an earlier try sent may still be on its way into the table.
+    await memos.settle_down(job_id)
+    user_id = str((await told(memos.client, {"job_id": job_id})).get("user_id") or "")
+    held = await _held(memos.client, job_id)
+    rows = [
+        row
+        for row in rows_of(result, job_id, user_id, epoch)
+        if (row["step"], row["sample_index"]) not in held
+    ]
+    if rows:
+        await memos.call("POST", PREDICTIONS, job_id, {"job_id": job_id, "predictions": rows})
+    return len(rows)
 
 
 async def _held(client: RestClient, job_id: str) -> set[tuple[Any, Any]]:
@@ -69,4 +71,4 @@ async def _held(client: RestClient, job_id: str) -> set[tuple[Any, Any]]:
 
 
 def _text(value: object) -> str:
-    return str(value or "").replace("\x00", "")
+    return str(value or "")

@@ -20,6 +20,7 @@ from starlette.routing import Route
 from tests.support.platform_rows import (
     BATCH_COLUMNS,
     KEY,
+    LISTED,
     LOG_CAP,
     POINT_COLUMNS,
     STATUSES,
@@ -30,6 +31,7 @@ from tests.support.platform_rows import (
     Served,
     now,
     offer,
+    page_of,
     refusal,
 )
 
@@ -49,6 +51,7 @@ class Platform(Served):
         self.rows: dict[str, dict[str, Any]] = {}
         self.points: list[dict[str, Any]] = []
         self.log: dict[str, list[str]] = {}
+        self.predictions: list[dict[str, Any]] = []
         self.agents: dict[str, dict[str, Any]] = {}
         self.seen: Counter[str] = Counter()
         """Requests of each route that arrived."""
@@ -120,6 +123,8 @@ class Platform(Served):
             ("GET", f"{local}/metrics", "read-metrics", self._get_metrics),
             ("POST", f"{local}/jobs", "jobs", self._post_jobs),
             ("GET", f"{local}/jobs", "read-jobs", self._get_jobs),
+            ("POST", f"{local}/predictions", "predictions", self._post_predictions),
+            ("GET", "/api/training/predictions/{id}", "read-predictions", self._get_predictions),
             ("PUT", f"{local}/{{id}}/metrics", "put", self._put_metrics),
             ("PATCH", f"{local}/{{id}}/status", "status", self._patch_status),
             ("GET", f"{local}/{{id}}/status", "read-status", self._get_status),
@@ -349,11 +354,7 @@ class Platform(Served):
         lines = self.log.get(request.path_params["id"], [])
         if not lines:
             raise Refused(503, "Failed to connect to local training server")
-        limit, offset = (
-            int(request.query_params.get("limit", 100)),
-            int(request.query_params.get("offset", 0)),
-        )
-        page = lines[offset:][:limit]
+        page, offset, limit = page_of(request, lines, 100)
         return {"logs": page, "total_lines": len(lines), "offset": offset, "limit": limit}
 
     async def _post_jobs(self, request: Request) -> dict[str, Any]:
@@ -371,9 +372,29 @@ class Platform(Served):
         head = {"success": True, "persisted": True, "job_id": row["id"], "user_id": "u1"}
         return {**head, "job_token": row["job_token"]}
 
+    async def _post_predictions(self, request: Request) -> dict[str, Any]:
+        body = await request.json()
+        if not body.get("predictions"):
+            raise Refused(400, "predictions array is required and must not be empty")
+        self._by_token(request, body["job_id"])
+        # Each record's own job and owner are believed; whole numbers are whole in the table.
+        for record in body["predictions"]:
+            if any(not isinstance(record[name], int) for name in ("epoch", "step", "sample_index")):
+                raise TypeError("invalid input syntax for type integer")
+            if record["user_id"] != "u1" or None in (record["prompt"], record["prediction"]):
+                raise ValueError("violates a constraint")
+        self.predictions += body["predictions"]
+        return {"success": True, "count": len(body["predictions"])}
+
+    async def _get_predictions(self, request: Request) -> dict[str, Any]:
+        self._by_key(request)
+        rows = [row for row in self.predictions if row["job_id"] == request.path_params["id"]]
+        return {"predictions": page_of(request, rows, 50)[0], "total_count": len(rows)}
+
     async def _get_jobs(self, request: Request) -> dict[str, Any]:
         self._by_key(request)
         wanted = request.query_params.get("status")
-        jobs = [{"id": row["id"], "status": row["status"]} for row in self.rows.values()]
-        jobs = [job for job in jobs if wanted in (None, job["status"])]
-        return {"jobs": jobs[:50], "total": len(jobs), "limit": 50, "offset": 0}
+        rows = [row for row in self.rows.values() if wanted in (None, row["status"])]
+        rows.sort(key=lambda row: str(row["created_at"]), reverse=True)
+        page, offset, limit = page_of(request, [{name: row[name] for name in LISTED} for row in rows], 50)
+        return {"jobs": page, "total": len(rows), "limit": limit, "offset": offset}

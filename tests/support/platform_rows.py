@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -148,3 +149,26 @@ def refusal(kind: str) -> Response | None:
             return Lost()
         case _:
             return None
+
+
+LISTED = (
+    *(
+        "id",
+        "model_name",
+        "dataset_path",
+        "status",
+        "progress",
+        "current_step",
+        "current_epoch",
+        "total_steps",
+    ),
+    *("total_epochs", "loss", "eval_loss", "best_eval_loss", "started_at", "completed_at", "created_at"),
+    "error_message",
+)
+"""What the list of jobs shows of each."""
+
+
+def page_of(request: Request, rows: list[Any], usual: int) -> tuple[list[Any], int, int]:
+    """Return what a reader asks for of ``rows``, and from where and how much that is."""
+    limit, offset = (int(request.query_params.get(*one)) for one in (("limit", usual), ("offset", 0)))
+    return rows[offset:][:limit], offset, limit
