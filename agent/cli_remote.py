@@ -1,6 +1,7 @@
 """What the command line asks over HTTP: this machine's agent, or a backend. Prints nothing."""
 
 import re
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,6 +51,8 @@ class _Http:
             base_url=url,
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=TIMEOUT,
+            # The system's authorities, as the agent has them, and not a list that httpx brings.
+            verify=ssl.create_default_context(),
             # A proxy must not be asked for what is on this machine.
             trust_env=not is_loopback(urlsplit(url).hostname or ""),
         )

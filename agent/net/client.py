@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import anyio
 import msgspec
 
-from agent.net.retry import LOOPBACK, RETRY_AFTER_MOST
+from agent.net.retry import LOOPBACK, RETRY_AFTER_MOST, system_trust
 from protocol.rest import HEADER_AGENT
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ class RestClient:
             direct = urlsplit(self.base).hostname in LOOPBACK
             self._client = httpx.AsyncClient(
                 headers=self._headers,
+                verify=system_trust(),
                 timeout=httpx.Timeout(self._within, connect=CONNECT_WITHIN),
                 follow_redirects=False,
                 trust_env=not direct,

@@ -13,7 +13,7 @@ from loguru import logger
 
 from agent.config import Settings
 from agent.net.download import DownloadFailed
-from agent.net.retry import LOOPBACK, backoff, can_retry
+from agent.net.retry import LOOPBACK, backoff, can_retry, system_trust
 
 if TYPE_CHECKING:
     import httpx
@@ -97,6 +97,7 @@ async def _fetched(url: str, job_id: str, settings: Settings, user_agent: str) -
         async with httpx.AsyncClient(
             headers={"User-Agent": user_agent, "Accept-Encoding": "identity"},
             timeout=READ_WITHIN,
+            verify=system_trust(),
             follow_redirects=False,
             trust_env=urlsplit(url).hostname not in LOOPBACK,
         ) as client:

@@ -12,7 +12,7 @@ import anyio
 import anyio.to_thread
 from loguru import logger
 
-from agent.net.retry import LOOPBACK, backoff, can_retry
+from agent.net.retry import LOOPBACK, backoff, can_retry, system_trust
 from protocol.rest import DATASET
 
 if TYPE_CHECKING:
@@ -87,7 +87,11 @@ async def _fetch_all(url: str, job_id: str, token: str, part: Path, size: int, u
     waits = backoff(cap=15.0)
     tries = 0
     async with httpx.AsyncClient(
-        headers=headers, timeout=READ_WITHIN, follow_redirects=False, trust_env=not direct
+        headers=headers,
+        timeout=READ_WITHIN,
+        verify=system_trust(),
+        follow_redirects=False,
+        trust_env=not direct,
     ) as client:
         while True:
             before = await anyio.to_thread.run_sync(_size, part)

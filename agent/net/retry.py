@@ -31,6 +31,14 @@ TLS_RETRY = 300.0
 """Seconds between dials while the certificate does not verify: the user must act, a clock may heal."""
 
 
+def system_trust() -> ssl.SSLContext:
+    """Return what requests verify certificates by: the system's authorities, as the socket does, or `SSL_CERT_FILE`'s.
+
+    httpx by itself brings a list of its own, which does not know an authority that the owner has installed.
+    """
+    return ssl.create_default_context()
+
+
 def can_retry(error: BaseException) -> bool:
     """Tell whether dialling again with the same settings could work."""
     if isinstance(error, Refused):

@@ -61,7 +61,7 @@ def shows(certificate: trustme.LeafCert, context: ssl.SSLContext | None = None) 
 
 
 @asynccontextmanager
-async def serving(backend: Backend, context: ssl.SSLContext) -> AsyncIterator[None]:
+async def serving(backend: Backend, context: ssl.SSLContext, host: str = HOST) -> AsyncIterator[None]:
     """Serve ``backend`` over TLS, and an empty object on every other path."""
 
     def answer(socket: ServerConnection, request: Request) -> Response | None:
@@ -70,7 +70,7 @@ async def serving(backend: Backend, context: ssl.SSLContext) -> AsyncIterator[No
 
     offered = [Subprotocol(name) for name in SUBPROTOCOLS]
     async with serve(
-        backend.converse, HOST, 0, ssl=context, process_request=answer, subprotocols=offered
+        backend.converse, host, 0, ssl=context, process_request=answer, subprotocols=offered
     ) as server:
         backend.port = server.sockets[0].getsockname()[1]
         yield
@@ -102,8 +102,8 @@ def last_words(link: Link) -> str:
     return " ".join(states[-1]) if states else ""
 
 
-async def ask(backend: Backend) -> dict[str, object]:
-    rest = RestClient(f"https://{HOST}:{backend.port}", key=lambda: KEY, agent_id="a", user_agent="test/1")
+async def ask(backend: Backend, host: str = HOST) -> dict[str, object]:
+    rest = RestClient(f"https://{host}:{backend.port}", key=lambda: KEY, agent_id="a", user_agent="test/1")
     try:
         return await rest.get("/any")
     finally:
@@ -153,6 +153,13 @@ async def test_a_certificate_of_an_authority_that_the_owner_trusts_will_do(autho
         assert link.url.startswith("wss://")
         assert await ask(backend) == {"http_status": 200}
     assert [request.headers["Authorization"] for request in backend.requests] == [f"Bearer {KEY}"] * 2
+
+
+@pytest.mark.usefixtures("trusted")
+async def test_a_backend_on_this_machine_is_judged_by_the_same_authorities(authority: trustme.CA) -> None:
+    backend, here = Backend(), "127.0.0.1"
+    async with serving(backend, shows(authority.issue_cert(here)), here):
+        assert await ask(backend, here) == {"http_status": 200}
 
 
 @pytest.mark.usefixtures("trusted")
