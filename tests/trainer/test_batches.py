@@ -8,7 +8,7 @@ from tests.trainer.conftest import Jobs, curve
 
 
 def test_rows_that_workers_fetch_make_the_same_run_also_after_a_pause(jobs: Jobs) -> None:
-    training = {"max_steps": 10, "eval_strategy": "steps", "eval_steps": 3, "gradient_accumulation_steps": 2}
+    training = {"max_steps": 7, "eval_strategy": "steps", "eval_steps": 5, "gradient_accumulation_steps": 2}
     wanted: dict[str, Any] = {"lora": LoraSpec(r=4, dropout=0.2), "eval_fraction": 0.2}
     fetched = {**training, "dataloader_num_workers": 2, "dataloader_prefetch_factor": 3}
     alone = jobs.run("alone", training=training, **wanted)
