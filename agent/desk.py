@@ -19,7 +19,7 @@ from agent.core.explain import room_needed, waits
 from agent.core.job import Job, hold, react, report, rest, step, unhold
 from agent.errors import UnknownJob
 from agent.ledger import Batch, Ledger
-from agent.runtime.journal import JournalFull, Tx
+from agent.runtime.journal import JournalFull, JournalRefused, Tx
 from agent.runtime.supervisor import Heard, Supervisor
 from protocol.failures import FailureReason, failure
 from protocol.lifecycle import HAS_WORKER, Trigger
@@ -29,6 +29,10 @@ from protocol.worker import AnyOrder, Cancel, Committed, Metrics, Pause
 
 FULL_RETRY = 2.0
 """Seconds between tries while the disk that holds the journal is full."""
+REFUSED_RETRY = 0.5
+"""Seconds between tries while only the journal's own files take no writes."""
+REFUSED_WITHIN = 10.0
+"""Seconds in which they must take them again; one that does not by then is no hiccup."""
 DISK_FULL = "The disk that holds AGENT_HOME is full; free some space, and the job goes on by itself."
 STOPPED = "The agent was stopped; the job goes on when it starts again."
 
@@ -174,13 +178,24 @@ class JobDesk:
         await self.transact(append, also=also)
 
     async def insist(self, action: Callable[[], Awaitable[object]]) -> None:
-        """Do what must be written down, however long the disk is full; the desk is not held meanwhile."""
+        """Do what must be written down, however long the disk is full; the desk is not held meanwhile.
+
+        Raises JournalRefused where the disk refuses writes, and not for a moment only.
+        """
+        refused_at = 0.0
         while True:
             try:
                 await action()
             except JournalFull as error:
+                refused_at = 0.0
                 await self._wait_for_disk(error)
                 await anyio.sleep(FULL_RETRY)
+            except JournalRefused as error:
+                refused_at = refused_at or anyio.current_time()
+                if not error.elsewhere or anyio.current_time() - refused_at >= REFUSED_WITHIN:
+                    raise
+                logger.warning("it is tried again for {:g} s: {}", REFUSED_WITHIN, error)
+                await anyio.sleep(REFUSED_RETRY)
             else:
                 return
 

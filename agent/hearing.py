@@ -16,7 +16,7 @@ from agent.core.merging import Sent, merged
 from agent.core.outbox import Points
 from agent.desk import JobDesk
 from agent.ledger import Batch
-from agent.runtime.journal import JournalFull
+from agent.runtime.journal import JournalFull, JournalRefused
 from agent.runtime.redact import Redactor
 from agent.runtime.supervisor import Exited, Fact, Heard, Misbehaved
 from protocol.failures import Evidence, FailureReason, failure
@@ -134,7 +134,7 @@ class Hearing:
 
         try:
             await self._desk.transact(take)
-        except JournalFull:
+        except (JournalFull, JournalRefused):
             # What was to be stored was not, a schema among it perhaps.
             self._points = Points()
             raise

@@ -19,7 +19,7 @@ from agent.desk import JobDesk
 from agent.errors import NotPossible
 from agent.ledger import scrub_told
 from agent.runtime import devices
-from agent.runtime.journal import JournalFull, Tx
+from agent.runtime.journal import JournalFull, JournalRefused, Tx
 from agent.runtime.logs import Chunk, LogTail, read_lines
 from agent.runtime.redact import Redactor
 from agent.runtime.workspace import NotThere, OutsideFolder, resolve_under
@@ -38,6 +38,8 @@ HELLO_WAITS = 3.0
 """Seconds that HELLO waits for the GPU driver: less than a backend waits for HELLO, more than a sound driver takes."""
 GPU_FREE_WITHIN = 15.0
 """Seconds in which a dead process's memory must have left the device."""
+NOT_STORED = (JournalFull, JournalRefused)
+"""What is no reason to end: where the disk is broken for good, what a trainer says next meets it, and ends the agent."""
 
 
 class Watch:
@@ -116,15 +118,17 @@ class Watch:
         )
 
     async def gpu_released(self, pids: frozenset[int]) -> bool:
-        """Tell whether none of these processes holds memory of a GPU any more; waits a while for it."""
+        """Tell whether the driver says that none of these processes holds memory of a GPU; waits a while for it."""
         seen = await self.look()
         if not seen.gpus:
             return True
         with anyio.move_on_after(GPU_FREE_WITHIN):
             # The driver tells nobody when a process has left a device: it has to be asked.
-            while await anyio.to_thread.run_sync(devices.gpu_pids) & pids:  # noqa: ASYNC110
+            while True:
+                holding = await anyio.to_thread.run_sync(devices.gpu_pids)
+                if holding is not None and not holding & pids:
+                    return True
                 await anyio.sleep(0.1)
-            return True
         return False
 
     async def send_figures(self) -> None:
@@ -138,8 +142,8 @@ class Watch:
                 if self._settings.backend_url:
                     values: Values = {**self.figures}
                     await self._desk.append("", Lane.METRICS, [Figures(time.time(), values)])
-            except (OSError, JournalFull) as error:
-                # A disk that was unplugged, or a full one: figures are the least of it.
+            except (OSError, *NOT_STORED) as error:
+                # A disk that was unplugged, a full one, or one that refuses writes: figures are the least of it.
                 logger.warning("no figures of the machine this time: {}", error)
 
     # Logs
@@ -153,7 +157,7 @@ class Watch:
         """Send what running jobs print, for ever; what a job printed last is sent after its end."""
         try:
             await self.reopen()
-        except JournalFull as error:
+        except NOT_STORED as error:
             logger.warning("what an earlier agent left of logs and tokens has to wait for a start: {}", error)
         while True:
             await self.look_at_logs()
@@ -169,11 +173,11 @@ class Watch:
                 if ended and job_id not in self._desk.held:
                     open_logs.discard(job_id)
                     await self._forget_token(job_id)
-            except (OSError, JournalFull, NotPossible) as error:
+            except (OSError, *NOT_STORED, NotPossible) as error:
                 # Read again from where the journal says it was sent up to.
                 logger.warning("the log of job {} cannot be sent now: {}", job_id, error)
                 self._tails.pop(job_id, None)
-                if isinstance(error, JournalFull):
+                if isinstance(error, NOT_STORED):
                     open_logs.add(job_id)
                 else:
                     open_logs.discard(job_id)

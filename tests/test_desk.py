@@ -1,5 +1,6 @@
 """The desk and what stands around it, on a real journal: commands, exits, what the owner keeps."""
 
+import errno
 from pathlib import Path
 
 import anyio
@@ -9,12 +10,15 @@ import pytest
 from agent.errors import NotPossible
 from agent.hearing import NOT_PROVED, Hearing
 from agent.launch import FETCHED, Launching
+from agent.runtime.journal import JournalRefused
 from agent.runtime.redact import Redactor
-from agent.runtime.supervisor import Exited, Fact
+from agent.runtime.supervisor import Exited, Fact, Heard
 from agent.watch import Watch
 from protocol.lifecycle import JobState, Want
-from protocol.messages import Command
-from protocol.records import CommandDone, Notice
+from protocol.messages import Command, Lane
+from protocol.records import CommandDone, Notice, Schema
+from protocol.worker import Metrics, Numbered
+from tests.support.broken_disk import needs_descriptors, unwritable
 from tests.support.desks import desk_in, job, settings, stored, uplink_of
 
 
@@ -91,5 +95,65 @@ def test_a_fetched_data_set_is_kept_for_as_long_as_a_job_may_need_it(tmp_path: P
                 (folder / f"{name}.data").write_text("rows")
             Launching(desk, settings(tmp_path), tmp_path, {}, Redactor(), "test").prune()
             assert [path.stem for path in folder.iterdir()] == [needed]
+
+    anyio.run(test)
+
+
+@needs_descriptors
+def test_what_a_trainer_says_outlasts_a_disk_that_refuses_writes_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.desk.REFUSED_RETRY", 0.05)
+
+    async def test() -> None:
+        async with desk_in(tmp_path, job(JobState.RUNNING)) as desk, anyio.create_task_group() as group:
+            send, facts = anyio.create_memory_object_stream[list[Fact]](1)
+            hearing = Hearing(desk, lambda event: event)
+            tries, thrice = 0, anyio.Event()
+
+            def tried(*_: object) -> None:
+                nonlocal tries
+                tries += 1
+                if tries == 3:
+                    thrice.set()
+
+            hearing.on_event = tried
+            with send, facts:
+                group.start_soon(hearing.run, facts)
+                point = Metrics(1, 0.1, 100.0, {"loss": 2.0})
+                with unwritable(tmp_path / "journal.sqlite-wal"), anyio.fail_after(30):
+                    await send.send([Heard("j", 1, Numbered(1, 1, point))])
+                    await thrice.wait()
+                with anyio.fail_after(30):
+                    while not await stored(desk, "j", Lane.METRICS):  # noqa: ASYNC110 - a journal tells nobody
+                        await anyio.sleep(0.01)
+                # Its names were refused with it, and are worth as much.
+                assert [one.names for one in await stored(desk, "j") if isinstance(one, Schema)] == [["loss"]]
+                group.cancel_scope.cancel()
+
+    anyio.run(test)
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_disk_that_refuses_for_good_is_not_insisted_on_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    monkeypatch.setattr("agent.desk.REFUSED_RETRY", 0.01)
+    monkeypatch.setattr("agent.desk.REFUSED_WITHIN", 0.2)
+    refused = JournalRefused(tmp_path, None if elsewhere else OSError(errno.EIO, "Input/output error"))
+
+    async def test() -> None:
+        tries = 0
+
+        async def act() -> None:
+            nonlocal tries
+            tries += 1
+            raise refused
+
+        async with desk_in(tmp_path) as desk:
+            with anyio.fail_after(30), pytest.raises(JournalRefused):
+                await desk.insist(act)
+        # One whose folder refuses writes too gets no second try: its trainers save and leave now.
+        assert (tries > 1) is elsewhere
 
     anyio.run(test)

@@ -2,14 +2,17 @@
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import anyio
+import anyio.to_thread
 import msgspec
 import pynvml
 import pytest
+from loguru import logger
 
 from agent.core.job import Job
 from agent.desk import JobDesk
@@ -21,6 +24,7 @@ from protocol.lifecycle import JobState
 from protocol.messages import Lane
 from protocol.records import LogChunk
 from tests.runtime.test_devices import Driver
+from tests.support.broken_disk import needs_descriptors, unwritable
 from tests.support.desks import EPOCH, desk_in, job, settings, stored
 
 
@@ -102,6 +106,84 @@ def test_cards_that_are_found_after_hello_are_told_by_another(
     finally:
         answering.set()
         devices._start.cache_clear()
+
+
+def test_memory_of_a_gpu_is_gone_only_when_the_driver_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "ANSWER_WITHIN", 0.1)
+    monkeypatch.setattr("agent.watch.GPU_FREE_WITHIN", 0.5)
+    driver, answering, holding = Driver(), threading.Event(), [SimpleNamespace(pid=4242)]
+
+    def processes(handle: int) -> Any:
+        answering.wait()
+        return holding
+
+    driver.answers["DeviceGetComputeRunningProcesses"] = processes
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    devices._start.cache_clear()
+
+    async def test() -> None:
+        async with desk_in(tmp_path) as desk:
+            watch = Watch(desk, settings(tmp_path), Redactor())
+            assert not await watch.gpu_released(frozenset({4242}))
+            monkeypatch.setattr("agent.watch.GPU_FREE_WITHIN", 30.0)
+            holding.clear()
+            # It is asked until it answers.
+            async with anyio.create_task_group() as group:
+                group.start_soon(anyio.to_thread.run_sync, lambda: answering.wait(0.5) or answering.set())
+                assert await watch.gpu_released(frozenset({4242}))
+
+    try:
+        anyio.run(test)
+    finally:
+        answering.set()
+        devices._start.cache_clear()
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    """What is logged as a warning."""
+    told: list[str] = []
+    sink = logger.add(lambda message: told.append(str(message)), level="WARNING", format="{message}")
+    yield told
+    logger.remove(sink)
+
+
+async def until(true: Callable[[], bool]) -> None:
+    with anyio.fail_after(30):
+        while not true():  # noqa: ASYNC110 - the log tells nobody
+            await anyio.sleep(0.02)
+
+
+@needs_descriptors
+def test_a_disk_that_refuses_writes_for_a_while_ends_neither_figures_nor_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    monkeypatch.setattr("agent.watch.LOG_EVERY", 0.05)
+    log_in(tmp_path, "one\n")
+    sent = msgspec.structs.replace(
+        settings(tmp_path), backend_url="https://platform.example", gpu_monitoring_interval_seconds=0.05
+    )
+
+    async def test() -> None:
+        async with desk_in(tmp_path, job(JobState.RUNNING)) as desk, anyio.create_task_group() as group:
+            watch = Watch(desk, sent, Redactor())
+            desk.held["j"] = "cpu"
+            watch.printing(desk.job("j"))
+            with unwritable(tmp_path / "journal.sqlite-wal"):
+                group.start_soon(watch.send_figures)
+                group.start_soon(watch.follow_logs)
+                for words in ("figures", "log of job j"):
+                    await until(lambda: sum(words in one for one in warnings) >= 3)  # noqa: B023
+            assert all("refuses writes" in one for one in warnings)
+            with anyio.fail_after(30):
+                while not (await chunks(desk) and await stored(desk, "", Lane.METRICS)):  # noqa: ASYNC110
+                    await anyio.sleep(0.02)
+            assert await chunks(desk) == [(["one"], 0)]
+            group.cancel_scope.cancel()
+
+    anyio.run(test)
 
 
 def log_in(folder: Path, text: str) -> Path:

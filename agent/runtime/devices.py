@@ -83,29 +83,24 @@ def inventory(paths: Sequence[Path], within: float | None = None) -> Inventory:
 
 def driver_settled() -> bool:
     """Begin to open the driver; tell whether it is open, or will not be waited for any longer."""
-    nvml = _start()
+    nvml = _started()
     return nvml.opened.is_set() or time.monotonic() >= nvml.due
 
 
-def gpu_pids() -> set[int]:
-    """Return the processes that hold memory of any GPU. In a container NVML may give the host's numbers."""
-    return _nvml().pids()
+def gpu_pids() -> set[int] | None:
+    """Return who holds memory of any GPU, in a container maybe by the host's numbers; None: no answer."""
+    nvml = _nvml()
+    return nvml.pids() if nvml.opened.is_set() else None
 
 
 def free_memory(index: int) -> int | None:
     """Return the free bytes of GPU ``index``; None where there is no such GPU or it does not tell."""
-    nvml = _nvml()
-    if index >= nvml.count:
-        return None
-    return nvml.read("nvmlDeviceGetMemoryInfo", index, part="free")
+    return _nvml().read("nvmlDeviceGetMemoryInfo", index, part="free")
 
 
 def total_memory(index: int) -> int | None:
     """Return the bytes of memory that GPU ``index`` has; None as with `free_memory`."""
-    nvml = _nvml()
-    if index >= nvml.count:
-        return None
-    return nvml.read("nvmlDeviceGetMemoryInfo", index, part="total")
+    return _nvml().read("nvmlDeviceGetMemoryInfo", index, part="total")
 
 
 def faults() -> list[GpuFault]:
@@ -212,7 +207,14 @@ class _Nvml:
         self._thread.start()
 
     def _serve(self) -> None:
-        self._open()
+        try:
+            self._open()
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the owner is told, and nobody waits for the driver
+            self.gpus, self._handles, self._events = [], [], None
+            self.problem = (
+                f"The GPUs of this machine could not be looked at: {type(exc).__name__}: {exc}. "
+                "Jobs run without a GPU until that is solved and the agent is started again."
+            )
         if time.monotonic() >= self.due:
             return
         self.opened.set()
@@ -249,6 +251,8 @@ class _Nvml:
         self.count = len(self._handles)
 
     def read(self, function: str, index: int, *args: Any, part: str = "") -> int | None:
+        if index >= len(self._handles):
+            return None
         value = self._ask(function, self._handles[index], *args)
         number: int | None = getattr(value, part) if part and value is not None else value
         return number
@@ -267,14 +271,17 @@ class _Nvml:
             compute_capability=f"{capability[0]}.{capability[1]}" if capability else "",
         )
 
-    def pids(self) -> set[int]:
+    def pids(self) -> set[int] | None:
         kinds = ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses")
-        return {
-            process.pid
-            for handle in self._handles
-            for kind in kinds
-            for process in self._ask(kind, handle) or ()
-        }
+        try:
+            return {
+                process.pid
+                for handle in self._handles
+                for kind in kinds
+                for process in self._demand(kind, handle) or ()
+            }
+        except TimeoutError:
+            return None
 
     def faults(self) -> list[GpuFault]:
         found: list[GpuFault] = []
@@ -296,17 +303,25 @@ class _Nvml:
         self._events = events
 
     def _ask(self, function: str, *args: Any) -> Any:
+        """Return the answer; None where there is none, for whatever reason."""
+        try:
+            return self._demand(function, *args)
+        except TimeoutError:
+            return None
+
+    def _demand(self, function: str, *args: Any) -> Any:
+        """Return the answer; None where the card does not know it. Raises TimeoutError where the driver is silent."""
         if threading.current_thread() is self._thread:
             return self._call(function, *args)
         if self._hanging is not None and not self._hanging.done():
-            return None
+            raise TimeoutError
         answer: Future[Any] = Future()
         self._calls.put((answer, function, args))
         try:
             return answer.result(ANSWER_WITHIN)
         except TimeoutError:
             self._hanging = answer
-            return None
+            raise
 
     def _call(self, function: str, *args: Any) -> Any:
         # An old driver lacks functions, a card lacks sensors, a broken card answers nothing at all.
@@ -324,9 +339,18 @@ def _start() -> _Nvml:
     return nvml
 
 
+_starting = threading.Lock()
+
+
+def _started() -> _Nvml:
+    """Return what `_start` began; of threads that come first together only one begins it."""
+    with _starting:
+        return _start()
+
+
 def _nvml(within: float | None = None) -> _Nvml:
     """Return this process's NVML once it is open; one without cards where that takes too long."""
-    nvml = _start()
+    nvml = _started()
     left = max(0.0, nvml.due - time.monotonic())
     if nvml.opened.wait(left if within is None else min(left, within)):
         return nvml

@@ -184,7 +184,7 @@ def test_a_driver_that_never_answers_is_told_and_hangs_nothing(
         assert found.gpu_problem.startswith(
             "The NVIDIA driver has not answered for 0.1 s. Jobs run without a GPU"
         )
-        assert gpu_pids() == set()
+        assert gpu_pids() is None
         assert free_memory(0) is None
     finally:
         never.set()
@@ -208,13 +208,51 @@ def test_a_driver_that_stops_answering_holds_nobody_for_long(
         # Once it has hung it is not asked again before it has answered.
         assert [free_memory(0), free_memory(1)] == [None, None]
         assert not any(name.startswith("gpu") for name in sampler.sample())
-        assert gpu_pids() == set()
+        assert gpu_pids() is None
         assert asked == [100]
     finally:
         answering.set()
     deadline = time.monotonic() + 20
     while free_memory(1) != 18 * GIB:
         assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("call", ["DeviceGetName", "EventSetCreate"])
+def test_an_error_that_nobody_foresaw_is_told_as_what_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, call: str
+) -> None:
+    driver = use(Driver(), monkeypatch)
+    driver.answers[call] = lambda *args: b"\xff".decode()
+    began = time.monotonic()
+    found = inventory([tmp_path])
+    # Nobody waits for a driver that will not be opened.
+    assert time.monotonic() - began < devices.NVML_WITHIN / 2
+    assert found.gpus == []
+    assert "could not be looked at: UnicodeDecodeError: " in found.gpu_problem
+    assert gpu_pids() == set()
+    assert faults() == []
+    assert not any(name.startswith("gpu") for name in Sampler([tmp_path]).sample())
+
+
+def test_threads_that_come_first_together_open_one_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(Driver(), monkeypatch)
+    before, interval = set(threading.enumerate()), sys.getswitchinterval()
+    together = threading.Barrier(8)
+
+    def come() -> None:
+        together.wait()
+        gpu_pids()
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=come) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len([one for one in set(threading.enumerate()) - before if one.name == "nvml"]) == 1
 
 
 HUNG = """

@@ -1,13 +1,16 @@
 """A disk that fails: the kernel answers the calling thread's own system calls with an error, by a seccomp filter.
 
 It needs no rights and cannot be taken back, so it is for a thread that ends with the test, such as the journal's.
+What is sound again after a while is `unwritable`.
 """
 
 import ctypes
+import os
 import platform
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,10 @@ needs_filter = pytest.mark.skipif(
     reason="needs a seccomp filter, to make a disk that fails",
 )
 
+needs_descriptors = pytest.mark.skipif(
+    sys.platform != "linux", reason="needs the list of open files in /proc"
+)
+
 
 def refuse(calls: Sequence[str], error: int, *, path: Path | None = None, beyond: int = 0) -> None:
     """Have these calls of this thread fail with ``error``; of an open file alone, and from a byte on, where given."""
@@ -48,6 +55,24 @@ def refuse(calls: Sequence[str], error: int, *, path: Path | None = None, beyond
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(_SECCOMP, _FILTER, whole, 0, 0):
         raise OSError(ctypes.get_errno(), "the kernel takes no seccomp filter")
+
+
+@contextmanager
+def unwritable(path: Path) -> Iterator[None]:
+    """Have this open file of the process take no writes meanwhile; other files beside it still do.
+
+    Not for a file that is locked: the closing of any descriptor of it takes its locks away.
+    """
+    own = _descriptor(path)
+    kept = os.dup(own)
+    reads = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.dup2(reads, own, inheritable=False)
+        yield
+    finally:
+        os.dup2(kept, own, inheritable=False)
+        os.close(reads)
+        os.close(kept)
 
 
 def _descriptor(path: Path) -> int:
