@@ -119,9 +119,10 @@ def _measured(probed: "Probed", at: Situation, mapped: float) -> Step:
         if at.spec.lora is None:
             most += 0.1 * (probed.trained + probed.optimizer)
         lost = min(max(lost - mapped, least), most) + mapped
-    elif at.spec.training.gradient_checkpointing:
-        # Half of it comes with the depth, which the probe does not have.
-        lost = max(lost, formula.step(at).lost + mapped)
+    elif not at.on_cuda and at.spec.training.gradient_checkpointing:
+        # Of layers that are computed again a shallow probe tells too little or, extended, too much.
+        least = formula.step(at).lost
+        lost = min(max(lost - mapped, least), 1.25 * least) + mapped
     return Step(
         saved=max(probed.saved, probed.saved_again),
         head=0.0,

@@ -17,7 +17,7 @@ TILES_BACK, TILES_FORTH = 7.0, 3.0
 """Copies in float32 that the head makes of it without Triton, with gradients and without (measured)."""
 HOLES = 1.8
 """Resident bytes for each byte of activations on a CPU: blocks that are freed leave holes (glibc, measured)."""
-CHURN = 3.0
+CHURN = 4.0
 """What is lost besides where each layer is computed again on the way back, in layers (glibc, measured)."""
 
 
