@@ -15,7 +15,6 @@ from tests.support.programs import clean_env
 
 RUNS, STEPS, WARM_UP = 5, 80, 10
 RUNS_EVERY_STEP = 5
-TARGET = 1.0
 
 
 def throughput(folder: Path, runs: int = RUNS, steps: int = STEPS) -> dict[str, Figure]:
@@ -42,7 +41,7 @@ def _compare(folder: Path, runs: int, steps: int, logging_steps: int) -> Figure:
     return at_least(
         statistics.median(ours) / statistics.median(bare),
         "of bare TRL",
-        TARGET,
+        _target(),
         tokens_per_second=round(statistics.median(ours)),
         bare=round(statistics.median(bare)),
         spread=spread(ours),
@@ -50,6 +49,13 @@ def _compare(folder: Path, runs: int, steps: int, logging_steps: int) -> Figure:
         runs=runs,
         threads=job.threads(),
     )
+
+
+def _target() -> float:
+    """Return the bound: higher where a GPU computes, whose waits between micro-batches are spared."""
+    import torch  # not at the top: most benchmarks have no use for it
+
+    return 1.05 if torch.cuda.is_available() else 1.0
 
 
 def _bare(home: Path, steps: int, logging_steps: int) -> float:
