@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import anyio
@@ -154,6 +154,34 @@ class Ledger:
             batch.told.add(scope)
             notice = Notice(self._clock(), "warning", OVER_QUOTA)
             batch.appends.append((scope, int(Lane.CONTROL), admit(notice)))
+
+    async def trim(
+        self,
+        upto: Mapping[Key, int],
+        *,
+        gone: Collection[Key] = (),
+        notes: Mapping[str, str] | None = None,
+        ended: Iterable[str] = (),
+    ) -> None:
+        """Delete records that are delivered, or whose streams are ``gone``; keep the notes in the same commit."""
+
+        def change(tx: Tx) -> dict[int, tuple[int, int]]:
+            for key, last in upto.items():
+                tx.trim(key.epoch, key.scope, key.lane, last)
+            for name, value in (notes or {}).items():
+                tx.set_meta(name, value)
+            scrub_told(tx, ended)
+            return tx.backlog()
+
+        self.count(await self.journal.write(change))
+        for key, last in upto.items():
+            if (key.epoch != self.epoch or key in gone) and self.heads.get(key) == last:
+                self.heads.pop(key)
+
+    async def on_its_way(self, key: Key, seq: int) -> bool:
+        """Tell whether a record is not acknowledged yet."""
+        streams = await self.journal.read(lambda rows: rows.streams())
+        return any(Key(one.epoch, one.scope, one.lane) == key and one.first <= seq for one in streams)
 
     @property
     def over_quota(self) -> bool:

@@ -11,7 +11,7 @@ from agent.core.control import desire, offered, order_for, retried
 from agent.core.job import Job, note, status
 from agent.desk import JobDesk
 from agent.errors import NotPossible, UnknownJob
-from agent.ledger import Batch, scrub_told
+from agent.ledger import Batch
 from agent.runtime.journal import JournalFull, Tx
 from protocol.codec import decode_record, encode_record
 from protocol.failures import FailureReason, failure
@@ -62,16 +62,18 @@ class JournalUplink:
         self._dials = 0
         self._ahead = 0.0
         """Seconds by which the backend's clock is ahead of ours."""
+        self._connected = False
         self._refused: set[Key] = set()
-        """Streams that the backend takes no more of; what is added to them goes with the next acknowledgement."""
+        """Streams refused on this connection; what is added to them goes with the next acknowledgement."""
         self._told: set[str] = set()
+        self._repeated: dict[str, tuple[Key, int]] = {}
+        """The record with which the state of each job was last said again."""
         self._said_again: dict[str, str] = {}
         """Tokens of jobs that have ended, for the retry that may follow: in the journal they are scrubbed."""
 
     async def hello(self) -> Hello:
         await self.before_hello()
         self._dials += 1
-        self._refused.clear()
         streams = await self._desk.ledger.journal.read(lambda rows: rows.streams())
         heads = [
             StreamHead(sid, stream.epoch, stream.scope, stream.lane, stream.first, stream.last)
@@ -82,16 +84,14 @@ class JournalUplink:
             for job in self._desk.jobs.values()
             if job.from_backend and job.state not in TERMINAL
         ]
-        return Hello(
-            self._agent_id,
-            self._install_id,
-            self._boot,
-            self._dials,
-            self._desk.ledger.epoch,
-            await self._machine(),
-            heads,
-            jobs,
-        )
+        box, epoch = await self._machine(), self._desk.ledger.epoch
+        self._connected = True
+        return Hello(self._agent_id, self._install_id, self._boot, self._dials, epoch, box, heads, jobs)
+
+    def ended(self) -> None:
+        self._connected = False
+        # Who takes over asks anew: what was refused here may be taken there.
+        self._refused.clear()
 
     async def outrun(self, boot: int, attempt: int) -> None:
         if (boot, attempt) <= (self._boot, self._dials):
@@ -120,8 +120,10 @@ class JournalUplink:
         await self._trim(key, seq)
 
     async def dropped(self, key: Key, reason: str) -> None:
-        self._refused.add(key)
-        await self._trim(key, 0)
+        if self._connected:
+            # By REST each append is answered for itself.
+            self._refused.add(key)
+        await self._trim(key, self._desk.ledger.heads.get(key, 0), gone=True)
         if not key.scope or key.scope in self._told:
             return
         self._told.add(key.scope)
@@ -152,29 +154,21 @@ class JournalUplink:
         except JournalFull as error:
             logger.warning("what was lost of job {} cannot be said again: {}", key.scope, error)
 
-    async def _trim(self, key: Key, seq: int, notes: Mapping[str, str] | None = None) -> None:
+    async def _trim(
+        self, key: Key, seq: int, notes: Mapping[str, str] | None = None, *, gone: bool = False
+    ) -> None:
+        if seq and not gone:
+            # It takes them after all.
+            self._refused.discard(key)
         job = self._desk.jobs.get(key.scope)
         # A job that has ended may have printed what is not even in the journal yet.
         open_ = key.scope in self._desk.held or key.scope in self._desk.ledger.open_logs
         ended = job is not None and job.state in TERMINAL and not open_
 
-        heads = self._desk.ledger.heads
-        upto = {one: heads.pop(one) for one in self._refused if one in heads}
-        upto.setdefault(key, seq)
-
-        def trim(tx: Tx) -> dict[int, tuple[int, int]]:
-            for one, last in upto.items():
-                tx.trim(one.epoch, one.scope, one.lane, last)
-            for name, value in (notes or {}).items():
-                tx.set_meta(name, value)
-            if ended:
-                scrub_told(tx, [key.scope])
-            return tx.backlog()
-
-        backlog = await self._desk.ledger.journal.write(trim)
-        self._desk.ledger.count(backlog)
-        if key.epoch != self._desk.ledger.epoch and seq == self._desk.ledger.heads.get(key):
-            self._desk.ledger.heads.pop(key)
+        ledger = self._desk.ledger
+        upto = {key: seq} | {one: ledger.heads[one] for one in self._refused if one in ledger.heads}
+        lost = {*self._refused, key} if gone else self._refused.copy()
+        await ledger.trim(upto, gone=lost, notes=notes, ended=[key.scope] if ended else [])
 
     # What the REST side asks beyond that; see `agent.net.drain.Store`
 
@@ -259,9 +253,9 @@ class JournalUplink:
         if message.job_id in self._desk.jobs:
             await self._keep_token(message)
             job = self._desk.job(message.job_id)
-            if job.state in TERMINAL and message.version <= job.observed:
-                # Its end is on its way, or was lost with a backend that comes from a backup.
-                await self._desk.append(job.job_id, Lane.CONTROL, [status(job, now)])
+            if message.version < job.observed or (job.state in TERMINAL and message.version == job.observed):
+                # Of a live job only a backend that comes from a backup says that; of an ended one whoever lost its end.
+                await self._say_again(job)
             try:
                 await self._desk.change(message.job_id, lambda job: desire(job, message, now=now))
             except NotPossible as error:
@@ -286,6 +280,16 @@ class JournalUplink:
         logger.info("took job {} ({})", job.job_id, job.name)
         await self._desk.add(job, secrets=secrets)
         await self._desk.change(job.job_id, lambda job: desire(job, message, now=now))
+
+    async def _say_again(self, job: Job) -> None:
+        """Say where a job of the backend's stands, unless it was and is on its way: what asks may ask for ever."""
+        ledger = self._desk.ledger
+        before = self._repeated.get(job.job_id)
+        if not job.from_backend or (before is not None and await ledger.on_its_way(*before)):
+            return
+        await self._desk.append(job.job_id, Lane.CONTROL, [status(job, self._clock())])
+        key = Key(ledger.epoch, job.job_id, Lane.CONTROL)
+        self._repeated[job.job_id] = key, ledger.heads.get(key, 0)
 
     async def _keep_token(self, message: Desired) -> None:
         """Take the token again for a job whose token was scrubbed at its end and that is to go on."""

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Literal
+from unittest.mock import ANY
 
 import anyio
 import anyio.to_thread
@@ -22,6 +23,7 @@ from protocol.records import CommandDone, LogChunk, Notice, Schema
 from protocol.session import Key
 from protocol.worker import Metrics, Numbered
 from tests.net.backend import Backend, serving
+from tests.protocol.golden import MACHINE
 from tests.support.desks import EPOCH, desk_in, job, settings, stored, uplink_of
 from tests.support.programs import Agent
 
@@ -225,7 +227,8 @@ def test_the_owner_reads_that_a_backend_takes_no_more_of_a_job(tmp_path: Path) -
     async def test() -> None:
         names = ["j", "k"]
         async with desk_in(tmp_path, *(job(JobState.RUNNING, name, worker_pid=1) for name in names)) as desk:
-            uplink = uplink_of(desk)
+            uplink = uplink_of(desk, box=MACHINE)
+            await uplink.hello()
             for lane in (Lane.CONTROL, Lane.LOGS):
                 await uplink.dropped(Key(EPOCH, "j", lane), "there is no job j at this hub")
             [note] = desk.job("j").notes
@@ -240,9 +243,104 @@ def test_the_owner_reads_that_a_backend_takes_no_more_of_a_job(tmp_path: Path) -
             await uplink.acked(Key(EPOCH, "", Lane.CONTROL), 1)
             assert [desk.ledger.backlog[lane] for lane in Lane] == [[0, 0]] * 3
             # The next connection asks again.
+            uplink.ended()
             await desk.append("j", Lane.CONTROL, [Notice(1.0, "info", "b")])
             await uplink.dropped(Key(EPOCH, "j", Lane.CONTROL), "there is no job j at this hub")
             assert len(desk.job("j").notes) == 1
+
+    anyio.run(test)
+
+
+@pytest.mark.parametrize("by", ["rest", "socket"])
+def test_what_is_refused_once_and_then_taken_loses_nothing(tmp_path: Path, by: str) -> None:
+    logs = Key(EPOCH, "j", Lane.LOGS)
+
+    def line(number: int) -> LogChunk:
+        return LogChunk(1.0, 1, 0, [f"line {number}"])
+
+    async def test() -> None:
+        async with desk_in(tmp_path, job(JobState.RUNNING, worker_pid=1)) as desk:
+            uplink = uplink_of(desk, box=MACHINE)
+            if by == "socket":
+                await uplink.hello()
+            await desk.append("j", Lane.LOGS, [line(0)])
+            await uplink.dropped(logs, "there is no job j at this hub")
+            assert await stored(desk, "j", Lane.LOGS) == []
+            if by == "socket":
+                # REST has its turn, and begins with the stream of the agent.
+                uplink.ended()
+            for number in range(10):
+                await desk.append("j", Lane.LOGS, [line(number)])
+            await uplink.acked(Key(EPOCH, "", Lane.CONTROL), 1)
+            # A socket that takes the stream after all, in the middle of it.
+            await uplink.hello()
+            await uplink.acked(logs, 3)
+            assert await stored(desk, "j", Lane.LOGS) == [line(number) for number in range(2, 10)]
+
+    anyio.run(test)
+
+
+def test_a_stream_that_is_acknowledged_on_its_connection_is_refused_no_more(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with desk_in(tmp_path, job(JobState.RUNNING, worker_pid=1)) as desk:
+            uplink, logs = uplink_of(desk, box=MACHINE), Key(EPOCH, "j", Lane.LOGS)
+            await uplink.hello()
+            await desk.append("j", Lane.LOGS, [LogChunk(1.0, 1, 0, ["a"])])
+            await uplink.dropped(logs, "there is no job j at this hub")
+            for _ in range(3):
+                await desk.append("j", Lane.LOGS, [LogChunk(1.0, 1, 0, ["b"])])
+            await uplink.acked(logs, 2)
+            assert len(await stored(desk, "j", Lane.LOGS)) == 2
+            await uplink.acked(Key(EPOCH, "j", Lane.CONTROL), 1)
+            assert len(await stored(desk, "j", Lane.LOGS)) == 2
+
+    anyio.run(test)
+
+
+@pytest.mark.parametrize(("state", "versions"), [("failed", (1, 2)), ("running", (1,)), ("paused", (1,))])
+def test_a_backend_that_asks_over_and_over_where_a_job_stands_fills_no_disk(
+    tmp_path: Path, state: str, versions: tuple[int, ...]
+) -> None:
+    control = Key(EPOCH, "j", Lane.CONTROL)
+
+    async def test() -> None:
+        async with desk_in(tmp_path, job(JobState(state), observed=2)) as desk:
+            uplink = uplink_of(desk)
+            await uplink.acked(control, 1)
+            for version in versions:
+                for _ in range(20):
+                    await uplink.desired(Desired("j", version, "run", Offer("{}")))
+            [told] = await stored(desk, "j")
+            assert (told.state, told.observed) == (state, 2)
+            # What was answered and is asked again was lost once more.
+            await uplink.acked(control, 2)
+            await uplink.desired(Desired("j", 1, "run", Offer("{}")))
+            assert await stored(desk, "j") == [msgspec.structs.replace(told, time=ANY)]
+            await uplink.acked(control, 3)
+            if state != "failed":
+                # Each connection says so of a job that lives.
+                await uplink.desired(Desired("j", 2, "run", Offer("{}")))
+                assert await stored(desk, "j") == []
+
+    anyio.run(test)
+
+
+def test_a_backend_hears_nothing_of_a_job_that_is_not_its_own(tmp_path: Path) -> None:
+    mine = Job(
+        job_id="mine",
+        config="{}",
+        from_backend=False,
+        attempt=1,
+        state=JobState.FAILED,
+        observed=2,
+        detail="private",
+    )
+
+    async def test() -> None:
+        async with desk_in(tmp_path, mine) as desk:
+            for version in (1, 2, 3, 3):
+                await uplink_of(desk).desired(Desired("mine", version, "run", None))
+            assert await stored(desk, "mine") == []
 
     anyio.run(test)
 

@@ -204,7 +204,16 @@ class Uplink(Protocol):
 
     async def acked(self, key: Key, seq: int) -> None: ...
 
-    async def dropped(self, key: Key, reason: str) -> None: ...
+    async def dropped(self, key: Key, reason: str) -> None:
+        """Delete what is held of a stream that the backend takes no more of.
+
+        On a connection also what is added to it until that ends: there a stream is refused once.
+        """
+        ...
+
+    def ended(self) -> None:
+        """Note that the connection is over for which `hello` was asked."""
+        ...
 
     async def buried(self, key: Key, reason: str) -> None:
         """Take in that the backend will never have some records of a stream: a tombstone went in their place."""

@@ -30,8 +30,8 @@ class Lines:
         self._memos = memos
         self.sure: set[tuple[str, str]] = set()
         """Jobs and lanes whose last append is known to be stored."""
-        self.notices: set[str] = set()
-        """Jobs whose last notice is in doubt."""
+        self.notices: dict[str, tuple[Key, int]] = {}
+        """The last notice of jobs where it is in doubt: its stream, and its number there."""
 
     def __repr__(self) -> str:
         return f"<Lines sure={self.sure} notices={self.notices}>"
@@ -39,7 +39,11 @@ class Lines:
     async def send(self, key: Key, records: list[tuple[int, Any]], memo: Memo) -> tuple[int, int]:
         """Send a batch; return up to which record, and how many lines. Raises RestError."""
         if key.scope in self.notices:
-            raise Unreached(f"the log of job {key.scope} waits for a notice that is in doubt")
+            stream, number = self.notices[key.scope]
+            if await self._first(stream) == number:
+                raise Unreached(f"the log of job {key.scope} waits for a notice that is in doubt")
+            # It was dropped: the job was gone there for a while.
+            self.notices.pop(key.scope)
         at, lines = records[0][0], list[str]()
         for seq, record in records:
             at = seq
@@ -76,9 +80,14 @@ class Lines:
 
     async def notice(self, key: Key, memo: Memo, text: str) -> None:
         """Say in the job's log what the platform has no other place for."""
-        self.notices.add(key.scope)
+        self.notices[key.scope] = key, await self._first(key)
         await self.say(key, memo, [f"{NOTICE}{line}" for line in _lines(text)])
-        self.notices.discard(key.scope)
+        self.notices.pop(key.scope, None)
+
+    async def _first(self, key: Key) -> int:
+        """Return the number of the first record that a stream holds, or 0."""
+        rows = await self._memos.uplink.read(key, 0, 1)
+        return rows[0][0] if rows else 0
 
     async def _tail(self, job_id: str, count: int) -> tuple[int, list[str]]:
         """Return how many lines the platform holds of a job, and the last ``count``."""

@@ -13,7 +13,7 @@ from loguru import logger
 from agent.net import hosted
 from agent.net.client import RestClient, RestError, Said, Unclear, Unreached
 from agent.net.drain import Store
-from agent.net.rest import carry_out
+from agent.net.rest import carry_out, claim_again
 from protocol.jobspec import JobId
 from protocol.messages import SUBPROTOCOL_MSGPACK, DatasetRef, Desired, Offer
 from protocol.rest import CLAIM, JOB, JOBS, POLL
@@ -93,6 +93,10 @@ class Poller:
         return float(min(max(self._interval, asked), max(SLOWEST, self._interval)))
 
     async def _consider(self, offered: dict[str, Any], hub: bool) -> None:
+        if hub and offered["id"] in self._uplink.jobs():
+            # Also without room: it is running here, and hides all others until it is claimed.
+            await self._claim_again(offered["id"])
+            return
         if self._uplink.room() <= 0:
             return
         if not await self._is_free(offered, hub):
@@ -120,6 +124,19 @@ class Poller:
             self._pass_over(job_id, "it is a job of the cloud: it has begun already")
             return False
         return hub or row.get("started_at") is None
+
+    async def _claim_again(self, job_id: str) -> None:
+        """Take up a job that we hold and that the hub offers: it lost it, and has it anew. Raises RestError."""
+        if self._is_passed(job_id):
+            return
+        try:
+            await claim_again(self._client, self._uplink, job_id)
+        except Said as said:
+            if not said.own or said.status == 401:
+                raise
+            self._pass_over(job_id, str(said))
+        # Once is enough: each time has the job say again where it stands.
+        self._passed[job_id] = self._clock() + PASSED_OVER
 
     async def _behind(self) -> dict[str, Any] | None:
         """Return the oldest waiting job of the platform's list that may be claimed; its claim brings the config."""

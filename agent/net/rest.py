@@ -34,6 +34,25 @@ class _Wish(msgspec.Struct):
     accept_changes: bool = False
 
 
+async def claim_again(client: RestClient, uplink: Store, job_id: str, old: str = "") -> None:
+    """Take up a job that is held here and that the hub has anew: it was submitted again, under another token.
+
+    Nothing is done where the claim brings but the token that is ``old``. Raises RestError.
+    """
+    answer = await client.call("POST", CLAIM.format(job_id=job_id))
+    token = str(answer.get("job_token") or "")
+    if not token:
+        raise Unclear(f"job {job_id}: its claim was answered without a token")
+    if token == old:
+        return
+    logger.info("job {}: the hub has it anew; going on with its reports", job_id)
+    await uplink.keep_token(job_id, token)
+    if (wish := _wish_of(job_id, answer)) is not None:
+        await uplink.desired(wish)
+    # Whatever the job has said of itself is not there.
+    await uplink.buried(Key(0, job_id, Lane.CONTROL), "trimmed")
+
+
 async def token_of(client: RestClient, uplink: Store, job_id: str) -> str:
     """Return the job's token. Scrubbed at the job's end, it is given again to whom the job belongs. Raises RestError."""
     token = await uplink.token(job_id)
@@ -78,18 +97,30 @@ class HubDrain(Drain):
         self._most = {}
 
     async def batch(self, key: Key) -> int:
-        last = self.uplink.heads()[key]
+        last = self.uplink.heads().get(key)
+        if last is None:
+            # Gone with another stream that this pass came to before.
+            return self._at.get(key, 0)
         rows = await self.uplink.read(key, 0, self._most.get(key, READ_BYTES))
         if not rows:
             return last
-        token = ""
-        if key.scope:
+        try:
+            token = await token_of(self.client, self.uplink, key.scope) if key.scope else ""
             try:
-                token = await token_of(self.client, self.uplink, key.scope)
+                return await self._next(key, token, rows)
             except Said as said:
-                if said.gone or said.body.get("code") == "ALREADY_CLAIMED":
-                    return await self._gone(key, said, last)
+                if not (key.scope and said.own and said.status == 401):
+                    raise
+                await claim_again(self.client, self.uplink, key.scope, token)
                 raise
+        except Said as said:
+            if key.scope and (said.gone or said.body.get("code") == "ALREADY_CLAIMED"):
+                logger.warning("the backend takes no more of {}: {}", key.scope, said)
+                await self.uplink.dropped(key, str(said))
+                return last
+            raise
+
+    async def _next(self, key: Key, token: str, rows: list[tuple[int, bytes | None]]) -> int:
         first = rows[0][0]
         good: list[bytes] = []
         for _, body in rows:
@@ -140,8 +171,6 @@ class HubDrain(Drain):
                     # It has lost what it had acknowledged, and here it is deleted.
                     return await self._bury(key, token, have + 1, lo - 1, "trimmed")
                 return await self._acked(key, have, 0)
-            if key.scope and said.gone:
-                return await self._gone(key, said, hi)
             if not key.scope and key.lane != Lane.CONTROL and said.status != 413:
                 # Figures of the machine are the least of it: they must not fill the disk for a backend without a
                 # place for them. What it says in lane 0 waits for the socket.
@@ -152,12 +181,6 @@ class HubDrain(Drain):
         if key.scope:
             await self._heed(key.scope, answer)
         return at
-
-    async def _gone(self, key: Key, said: Said, hi: int) -> int:
-        """Drop what is held of a stream that the backend takes no more of."""
-        logger.warning("the backend takes no more of {}: {}", key.scope, said)
-        await self.uplink.dropped(key, str(said))
-        return hi
 
     async def _acked(self, key: Key, have: int, count: int) -> int:
         at = min(have, self.uplink.heads().get(key, have))
@@ -173,24 +196,26 @@ class HubDrain(Drain):
         path = f"{JOB}/logs".format(job_id=job.job_id)
         await self._heed(job.job_id, await self.client.call("POST", path, {"logs": []}, token=token))
 
-    async def _heed(self, job_id: str, answer: dict[str, object]) -> None:
+    async def _heed(self, job_id: str, answer: Mapping[str, object]) -> None:
         """Act on what is wanted of the job, which every answer says."""
-        job = self.uplink.jobs().get(job_id)
-        try:
-            said = msgspec.convert(answer, _Wish)
-        except msgspec.ValidationError as error:
-            logger.warning("job {}: what is wanted of it cannot be read: {}", job_id, error)
-            return
-        if job is None or said.desired_version <= job.observed:
-            return
-        wish = Desired(
-            job_id,
-            said.desired_version,
-            said.want,
-            None,
-            said.parameters,
-            said.checkpoint,
-            said.reason,
-            said.accept_changes,
-        )
-        await self.uplink.desired(wish)
+        job, wish = self.uplink.jobs().get(job_id), _wish_of(job_id, answer)
+        if job is not None and wish is not None and wish.version > job.observed:
+            await self.uplink.desired(wish)
+
+
+def _wish_of(job_id: str, answer: Mapping[str, object]) -> Desired | None:
+    try:
+        said = msgspec.convert(answer, _Wish)
+    except msgspec.ValidationError as error:
+        logger.warning("job {}: what is wanted of it cannot be read: {}", job_id, error)
+        return None
+    return Desired(
+        job_id,
+        said.desired_version,
+        said.want,
+        None,
+        said.parameters,
+        said.checkpoint,
+        said.reason,
+        said.accept_changes,
+    )

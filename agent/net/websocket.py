@@ -257,6 +257,7 @@ class Link:
                 closing = await self._converse(socket, codec, session)
             finally:
                 self._session = None
+                self._uplink.ended()
             self._frames.ended(closing.code, session.welcome is not None)
             await self._stale(closing, session)
             if session.closing is not None and session.closing.code >= Close.DRAIN:

@@ -41,6 +41,7 @@ class Records:
         self.lost: list[tuple[Key, str]] = []
         self.boot = 1
         self.dials = 0
+        self.connected = False
         self.on_change: Callable[[], None] = lambda: None
         self.gate = anyio.Event()
         """Until this is set nothing that is acknowledged can be deleted."""
@@ -62,6 +63,8 @@ class Records:
         self.add(key, *(Notice(0.0, "info", text) for text in texts))
 
     async def hello(self) -> Hello:
+        assert not self.connected, "the uplink was not told that the connection before is over"
+        self.connected = True
         self.dials += 1
         heads = [
             StreamHead(sid, key.epoch, key.scope, key.lane, self.at[key] + 1, len(rows))
@@ -105,6 +108,10 @@ class Records:
         self.refused.append((key, reason))
         self.rows.pop(key)
         self.on_change()
+
+    def ended(self) -> None:
+        assert self.connected
+        self.connected = False
 
     async def buried(self, key: Key, reason: str) -> None:
         self.lost.append((key, reason))

@@ -55,11 +55,14 @@ async def stored(desk: JobDesk, scope: str, lane: int = 0, epoch: int = EPOCH) -
     return [decode_record(body) for _, body in rows if body is not None]
 
 
-def uplink_of(desk: JobDesk, send_log: Callable[[str, int], Awaitable[None]] | None = None) -> JournalUplink:
-    """Return an uplink that greets nobody; without ``send_log`` it sends no log either."""
+def uplink_of(
+    desk: JobDesk, send_log: Callable[[str, int], Awaitable[None]] | None = None, box: Machine | None = None
+) -> JournalUplink:
+    """Return an uplink that without ``box`` greets nobody; without ``send_log`` it sends no log either."""
 
     async def machine() -> Machine:
-        raise AssertionError("nobody said hello")
+        assert box is not None, "nobody said hello"
+        return box
 
     async def no_log(job_id: str, offset: int) -> None:
         raise AssertionError("nobody asked for a log")
