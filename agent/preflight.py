@@ -17,6 +17,7 @@ from agent.program import Program
 from agent.runtime import workspace as places
 from agent.runtime.boot import Plan
 from agent.runtime.process import Child
+from protocol.codec import UNREADABLE
 from protocol.jobspec import BadSpec, JobSpec
 from protocol.trainingconfig import job_spec
 from protocol.worker import (
@@ -103,7 +104,7 @@ class _Hearing:
     def _hear(self, raw: bytes) -> None:
         try:
             numbered = event_decoder.decode(raw)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             self.failed = f"The trainer sent {len(raw)} bytes that are no event: {error}."
             self._child.kill()
             return

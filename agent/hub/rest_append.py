@@ -22,7 +22,7 @@ from agent.hub.status import set_status, started
 from agent.hub.store import Db
 from agent.hub.tables import get_job, save_job
 from agent.hub.web import Json, body_of, json_of
-from protocol.codec import Codec, number
+from protocol.codec import UNREADABLE, Codec, number
 from protocol.messages import SUBPROTOCOL_MSGPACK, Lane
 from protocol.rest import HEADER_AGENT, HEADER_RANGE, HEADER_STREAM, HEADER_TOMB, METRIC_NAMES, TRENDS
 from protocol.session import Key
@@ -132,7 +132,7 @@ async def numbered(request: Request, scope: str, lane: int | None = None) -> Num
     span = range_of(request)
     try:
         records = _RECORDS.decode(await body_of(request))
-    except (msgspec.DecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise Refusal(400, f"The body is not an array of records: {error}") from None
     tomb = request.headers.get(HEADER_TOMB, "")[:32]
     expected = 0 if tomb else span.hi - span.lo + 1 if span else -1

@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from agent.hub.errors import Refusal, StoreFailed, StreamRefused
 from agent.hub.hub import Hub
+from protocol.codec import UNREADABLE
 
 log = logging.getLogger("agent.hub")
 
@@ -72,7 +73,7 @@ async def json_of(request: Request) -> dict[str, Any]:
         raise Refusal(400, "Empty request body")
     try:
         value = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise Refusal(400, f"Invalid JSON in request body: {error}") from None
     if not isinstance(value, dict):
         raise Refusal(400, "The body must be a JSON object.")

@@ -10,6 +10,7 @@ import anyio
 import msgspec
 
 from agent.net.retry import LOOPBACK, RETRY_AFTER_MOST, system_trust
+from protocol.codec import UNREADABLE
 from protocol.rest import HEADER_AGENT
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def _read(answer: "httpx.Response", content: bytes, what: str) -> dict[str, Any]
     status = answer.status_code
     try:
         body = msgspec.json.decode(content)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         body = None
     said = body.get("error") if isinstance(body, dict) else None
     error = str(said or "")

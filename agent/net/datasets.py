@@ -14,6 +14,7 @@ from loguru import logger
 from agent.config import Settings
 from agent.net.download import DownloadFailed
 from agent.net.retry import LOOPBACK, backoff, can_retry, system_trust
+from protocol.codec import UNREADABLE
 
 if TYPE_CHECKING:
     import httpx
@@ -121,7 +122,7 @@ async def _place(client: "httpx.AsyncClient", url: str, settings: Settings) -> s
         answer = await client.get(url)
         answer.raise_for_status()
         found = msgspec.json.decode(answer.content).get("download_url")
-    except (httpx.HTTPError, msgspec.DecodeError, AttributeError) as error:
+    except (httpx.HTTPError, *UNREADABLE, AttributeError) as error:
         raise DownloadFailed(f"{_bare(url)} does not say where the data set is: {_said(error)}.") from None
     if not isinstance(found, str):
         raise DownloadFailed(f"{_bare(url)} names no place to fetch the data set from.")

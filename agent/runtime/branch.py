@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from agent.runtime.workspace import WorkspaceError, checkpoints_of, resolve_under
+from protocol.codec import UNREADABLE
 from protocol.failures import FailureReason
 from protocol.jobspec import BranchSpec
 
@@ -91,7 +92,7 @@ def _choose(wanted: BranchSpec, checkpoints_dir: Path) -> Path:
 def _step(checkpoint: Path) -> int:
     try:
         return msgspec.json.decode((checkpoint / _MANIFEST).read_bytes(), type=_Manifest).step
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         shutil.rmtree(checkpoint, ignore_errors=True)
         name = checkpoint.name.removeprefix(_STAGING)
         raise NoCheckpoint(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import msgspec
 
+from protocol.codec import UNREADABLE
 from protocol.worker import LEFTOVERS, Numbered, event_decoder
 
 MAX_SIZE = 1 << 28
@@ -37,7 +38,7 @@ def read_leftovers(folder: Path) -> list[tuple[Numbered, bytes]]:
         return [(event_decoder.decode(item), bytes(item)) for item in raw]
     except FileNotFoundError:
         return []
-    except (msgspec.DecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise _put_aside(path, str(error)) from error
 
 

@@ -14,6 +14,7 @@ from anyio.streams.memory import MemoryObjectSendStream
 from agent.runtime.boot import Plan
 from agent.runtime.ending import log_tail, sentence
 from agent.runtime.process import Child, Identity
+from protocol.codec import UNREADABLE
 from protocol.worker import (
     AnyOrder,
     Cancel,
@@ -307,7 +308,7 @@ class Supervisor:
         """Add what was said to ``facts``; return what is wrong with it where no trainer of ours would say that."""
         try:
             numbered = event_decoder.decode(raw)
-        except (msgspec.DecodeError, RecursionError) as error:  # RecursionError: arrays in arrays, very deep
+        except UNREADABLE as error:  # RecursionError: arrays in arrays, very deep
             return f"The trainer sent {len(raw)} bytes that are no event: {error}."
         if numbered.attempt == 0 and numbered.number == 0:
             # It belongs to no job: the process is there, and that is all.

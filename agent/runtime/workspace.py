@@ -11,6 +11,7 @@ from typing import NamedTuple, TypedDict
 import msgspec
 
 from agent.errors import AgentError
+from protocol.codec import UNREADABLE
 from protocol.failures import FailureReason
 from protocol.jobspec import JobId
 
@@ -248,7 +249,7 @@ def _manifests(folder: Path) -> Iterator[tuple[Path, _Manifest, int]]:
             told = msgspec.json.decode(manifest.read_bytes(), type=dict[str, object])
             facts = msgspec.convert(known | told, _Manifest)
             yield path, facts, sum(file.size for file in facts.files.values()) or _size(path)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, *UNREADABLE):
             # Not finished, just deleted, or damaged: no checkpoint.
             continue
 

@@ -17,6 +17,7 @@ import xxhash
 
 from agent.trainer.disk import DOOMED, PROBE, replace_folder, sync_folder, write_small
 from agent.trainer.reading import LOCKED, alone
+from protocol.codec import UNREADABLE
 
 FORMAT = 2
 """1: torch.save's files for optimizer, scheduler and random state. 2: safetensors and JSON."""
@@ -267,10 +268,8 @@ class Checkpoints:
                     whole = True
                 except NotOurs:
                     # Whoever wrote it knows whether it is whole.
-                    whole = True
-                    if final.exists():
-                        self._rename_aside(path, final.name)
-                        continue
+                    self._rename_aside(path, final.name)
+                    continue
                 except BadCheckpoint:
                     whole = False
                 # A replaced checkpoint is renamed away before the new one takes its place.
@@ -299,7 +298,7 @@ class Checkpoints:
     def _origin(self) -> Origin | None:
         try:
             return msgspec.json.decode((self.folder / ORIGIN).read_bytes(), type=Origin)
-        except (FileNotFoundError, msgspec.DecodeError):
+        except (FileNotFoundError, *UNREADABLE):
             return None
 
 
@@ -345,7 +344,7 @@ def _manifest(path: Path, job_id: str = "") -> Manifest:
     try:
         told = msgspec.json.decode((path / MANIFEST).read_bytes(), type=dict[str, Any])
         number, whose = told.get("format"), told.get("job_id")
-        if isinstance(number, int) and number > FORMAT:
+        if isinstance(number, int) and number > FORMAT and not _was_ours(told):
             if job_id and isinstance(whose, str) and whose != job_id:
                 raise NotOurs(f"it is a checkpoint of another job ({whose})", attempt=told.get("attempt"))
             raise NotOurs(
@@ -358,13 +357,18 @@ def _manifest(path: Path, job_id: str = "") -> Manifest:
         raise BadCheckpoint("it has no manifest, so its save was never finished") from None
     except OSError as error:
         raise NotOurs(f"its manifest cannot be read ({error})") from error
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise BadCheckpoint(f"its manifest cannot be read ({error})") from error
     if _checksum(told) != manifest.check:
         raise BadCheckpoint("its manifest is not what was saved")
     if job_id and manifest.job_id != job_id:
         raise NotOurs(f"it is a checkpoint of another job ({manifest.job_id})")
     return manifest
+
+
+def _was_ours(told: dict[str, Any]) -> bool:
+    """Tell whether the format alone is not what was written: no newer version of the agent would cure that."""
+    return any(_checksum(told | {"format": number}) == told.get("check") for number in range(1, FORMAT + 1))
 
 
 def _attempt(path: Path) -> int:

@@ -20,7 +20,8 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "t
 BESIDE = frozenset({
     "check", "checking", "checkpoint", "contents", "demo", "disk", "entry", "errors", "estimate", "fake",
     "fingerprints", "forecast", "formula", "inbox", "inputs", "keeper", "line", "memory", "meter", "output", "overflow",
-    "planes", "probe", "reasons", "replay", "reporter", "restore", "samples", "sizes", "snapshot", "tensorfile",
+    "planes", "probe", "reading", "reasons", "replay", "reporter", "restore", "samples", "settings", "sizes", "snapshot",
+    "tensorfile",
 })  # fmt: skip
 """Modules of the trainer that do not decide what a step computes."""
 _BLOCK = 1 << 16

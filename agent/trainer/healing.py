@@ -11,6 +11,7 @@ import msgspec
 import torch
 
 from agent.trainer import memory
+from protocol.codec import UNREADABLE
 from protocol.failures import FailureReason
 
 WORDS = (
@@ -90,7 +91,7 @@ class Asked:
         """Tell whether ``step`` may have one, and remember that it had."""
         try:
             steps = msgspec.json.decode(self._path.read_bytes(), type=list[int])
-        except (FileNotFoundError, msgspec.DecodeError):
+        except (FileNotFoundError, *UNREADABLE):
             steps = []
         if step in steps:
             return False

@@ -16,6 +16,7 @@ from typing import IO, Any
 import msgspec
 
 from agent.trainer.errors import TrainerError
+from protocol.codec import UNREADABLE
 from protocol.failures import FailureReason
 
 MAX_INFLATED = 20 << 30
@@ -204,7 +205,7 @@ def _lines(stream: IO[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
 def _is_json(line: bytes) -> bool:
     try:
         msgspec.json.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return False
     return True
 
@@ -213,7 +214,7 @@ def _parse(line: bytes, path: Path, number: int) -> Any:
     """Return the value on a line of JSONL."""
     try:
         return msgspec.json.decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         pass  # The standard library accepts a little more (NaN), and says where the mistake is.
     try:
         return json.loads(line.decode())

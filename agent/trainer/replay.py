@@ -29,6 +29,7 @@ from agent.trainer.reading import reading
 from agent.trainer.restore import REPLAY, led_to
 from agent.trainer.rewind import FILE as SKIPPED
 from agent.trainer.snapshot import fits_host_memory
+from protocol.codec import UNREADABLE
 from protocol.jobspec import JobSpec
 from protocol.worker import AnyEvent, AnyOrder, Cancel, Note, Parameters, Pause, Start, Verified
 
@@ -224,7 +225,7 @@ class Checking(TrainerCallback):  # type: ignore[misc]
     def _verdict(self) -> Verified | Note:
         try:
             outcome = msgspec.msgpack.decode((self._folder / OUTCOME).read_bytes(), type=Outcome)
-        except (FileNotFoundError, msgspec.DecodeError):
+        except (FileNotFoundError, *UNREADABLE):
             tail = (self._folder / LOG).read_text(errors="replace").strip().rpartition("\n")[2][-300:]
             return Note(
                 "warning", f"The resume could not be checked: the replay ended by itself. {tail}".strip()

@@ -4,11 +4,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
-
 from agent.trainer.checkpoint import Ancestor, BadCheckpoint, Checkpoints, Found, Manifest, verify
 from agent.trainer.errors import TrainerError
 from agent.trainer.progress import Progress
+from protocol.codec import UNREADABLE
 from protocol.failures import FailureReason
 from protocol.jobspec import JobSpec
 from protocol.worker import Note, Phase, Preparing, Start
@@ -100,7 +99,7 @@ def _verified(path: Path, advice: str) -> Found:
 def _counters(found: Found) -> Progress:
     try:
         return Progress.load(found.path)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise TrainerError(
             FailureReason.CHECKPOINT,
             f"The counters in the checkpoint {found.path} cannot be read: {error}.",

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from agent.trainer.errors import TrainerError
 from agent.trainer.preference import MEASURES
 from protocol.failures import FailureReason
-from protocol.jobspec import DataFormat, JobSpec, Method
+from protocol.jobspec import DataFormat, JobSpec, Method, TrainingSpec
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
 BITSANDBYTES = (
@@ -42,7 +42,7 @@ def check(spec: JobSpec) -> None:
             "training.group_by_length: rows that are streamed cannot be grouped, as their lengths are not known "
             "beforehand. Turn it or data.streaming off."
         )
-    elif training.metric_for_best not in metrics(spec.method):
+    elif _compares(training) and training.metric_for_best not in metrics(spec.method):
         why = (
             f"training.metric_for_best: an evaluation of {spec.method} has no measure {training.metric_for_best}; "
             f"it has {', '.join(metrics(spec.method))}."
@@ -54,10 +54,16 @@ def check(spec: JobSpec) -> None:
 
 
 def metrics(method: Method) -> tuple[str, ...]:
-    """Return what an evaluation measures. DPO's loss is no negative log-likelihood, so that it has no perplexity."""
+    """Return what an evaluation measures. DPO's perplexity is not shown, since its loss is no negative log-likelihood."""
     if method is Method.DPO:
-        return ("eval_loss", *(f"eval_{name}" for name in MEASURES))
+        return ("eval_loss", *(f"eval_{name}" for name in MEASURES), "perplexity")
     return ("eval_loss", "perplexity")
+
+
+def _compares(training: TrainingSpec) -> bool:
+    """Tell whether the job evaluates by itself, or asks for what only an evaluation gives."""
+    patient = training.early_stopping_patience is not None
+    return training.eval_strategy != "no" or patient or training.load_best_at_end
 
 
 def _optimizer(name: str) -> str:

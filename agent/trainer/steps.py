@@ -37,6 +37,8 @@ class Steps(Judging):
         self._asked = Asked(self.job.checkpoints.folder)
         self._worked: set[int] = set()
         """Sizes of a micro-batch that have gone through in this process."""
+        self._began_with = 0
+        """The size of a micro-batch with which the step in hand began."""
         self._retried = -1
         self._feed: Feed
         self.share = 1.0
@@ -179,6 +181,7 @@ class Steps(Judging):
         """Return loss and gradient norm of a step, with its gradients in place; healed where memory runs out."""
         self._sum_tokens(MANY)
         random, tokens, masks, samples = RandomStates(), self._tokens, len(self._masks), self._samples
+        self._began_with = self.job.progress.place.micro
         while True:
             try:
                 made = self._pass(model, step)
@@ -251,24 +254,23 @@ class Steps(Judging):
 
     def _difference(self, step: Step, before: int) -> str:
         """Measure by how much the loss of a step depends on its cut, and leave it in the present one."""
-        micro = self.job.progress.place.micro
+        micro, noise = self.job.progress.place.micro, healing.draws_noise(self.model)
+        plain: float | None = None
+        noisy: float | None = None
         try:
             plain = self._loss_between(step, (before, micro), noisy=False)
-            noisy = (
-                self._loss_between(step, (before, micro), noisy=True)
-                if healing.draws_noise(self.model)
-                else None
-            )
+            noisy = self._loss_between(step, (before, micro), noisy=True) if noise else None
         except (RuntimeError, MemoryError, OSError) as error:
             if not healing.is_out_of_memory(error):
                 raise
-            noisy = plain = None
-        if plain is None:
+        if plain is None or (noise and noisy is None):
             healing.make_room()
             self._feed.again(step, micro)
+        if plain is None:
             return "By how much the sums differ could not be measured for want of memory."
         if noisy is None:
-            return f"The loss of this step differs by {plain:.1g} between the two cuts."
+            apart = ", apart from dropout, whose masks are others from here on" if noise else ""
+            return f"The loss of this step differs by {plain:.1g} between the two cuts{apart}."
         return (
             f"With dropout, whose masks are others from here on, the loss of this step differs by {noisy:.2g} between "
             f"the two cuts, without it by {plain:.1g}; in later steps it may be more."
@@ -293,8 +295,10 @@ class Steps(Judging):
 
         The fresh one begins with as many rows at once as have fitted in this one: its memory is in one piece.
         """
-        if self._worked and self._asked.for_fresh_process(number):
-            most = max(self._worked)
+        # Not what fitted once and was made smaller since, by the user or because it fitted no more.
+        fitting = [size for size in self._worked if size <= self._began_with]
+        if fitting and self._asked.for_fresh_process(number):
+            most = max(fitting)
             fitted, goes_on = "which had fitted before", "The job goes on"
             if most > 1:
                 self.job.inbox.line.say(ParametersSet(number, self._take_at_once(most)))

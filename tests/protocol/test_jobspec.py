@@ -159,7 +159,9 @@ def tree(path: str, value: Any) -> dict[str, Any]:
     return root
 
 
-@pytest.mark.parametrize(("path", "beyond", "within"), LIMITS, ids=lambda one: str(one)[:24])
+@pytest.mark.parametrize(
+    ("path", "beyond", "within"), LIMITS, ids=[f"{path}-{at}" for at, (path, *_) in enumerate(LIMITS)]
+)
 def test_every_limit_holds_and_names_its_setting(path: str, beyond: Any, within: Any) -> None:
     with pytest.raises(msgspec.ValidationError) as refused:
         msgspec.convert(tree(path, beyond), JobSpec)
@@ -186,7 +188,9 @@ OF_TRAINING = [
 ]
 
 
-@pytest.mark.parametrize(("path", "beyond"), OF_TRAINING, ids=lambda one: str(one)[:24])
+@pytest.mark.parametrize(
+    ("path", "beyond"), OF_TRAINING, ids=[f"{path}-{at}" for at, (path, _) in enumerate(OF_TRAINING)]
+)
 def test_a_config_beyond_a_limit_of_training_is_refused_in_a_sentence(path: str, beyond: Any) -> None:
     config = {"model": {"name": "m"}, "training": {path.removeprefix("training."): beyond}}
     if path == "training.warmup_ratio" and not beyond:

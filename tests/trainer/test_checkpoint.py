@@ -323,8 +323,9 @@ def test_what_a_killed_process_left_of_a_newer_agent_is_not_swept_away(
     if again:
         save_elsewhere(store, 6)
     store.sweep()
-    name = "kept-step-6-attempt-1" if again else "step-6"
-    assert contents_of(store.folder / name) == before
+    # Not under its own name: whether it is whole, only whoever wrote it knows.
+    assert contents_of(store.folder / "kept-step-6-attempt-1") == before
+    assert store.path(6).exists() is again
 
 
 def save_elsewhere(store: Checkpoints, step: int) -> None:
@@ -392,6 +393,27 @@ def test_room_is_first_made_of_those_with_a_broken_manifest(store: Checkpoints) 
     flip(store.path(9) / MANIFEST)
     assert store.make_room(lambda: False, most=1) == 1
     assert steps(store) == [2, 4]
+
+
+def test_a_manifest_with_any_bit_flipped_is_a_broken_one(store: Checkpoints) -> None:
+    good, saved = save(store, 2), save(store, 4)
+    path = saved.path / MANIFEST
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        for bit in (1, 128):  # another character, and no character at all
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+            try:
+                told = verify(path.parent, "job").manifest
+            except BadCheckpoint as wrong:
+                # Nobody is told to update the agent for it.
+                assert not isinstance(wrong, checkpoint.NotOurs)
+            else:
+                assert told == saved.manifest  # the last digit of a float
+            workspace.checkpoints_of(store.folder)
+    path.write_bytes(whole[:-9] + b"\xff" + whole[-8:])
+    assert store.newest_good()[0] == good
+    store.retain(1)
+    assert steps(store) == [2]
 
 
 def test_one_with_a_field_that_this_version_does_not_know_is_whole(store: Checkpoints) -> None:

@@ -15,7 +15,18 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from agent.trainer.errors import TrainerError
 from protocol.failures import FailureReason
 from protocol.jobspec import LoraSpec, Method, Quantization
-from protocol.worker import Cancel, Left, Metrics, Note, Parameters, ParametersSet, Pause, Ready, Saved
+from protocol.worker import (
+    Cancel,
+    Left,
+    Metrics,
+    Note,
+    Parameters,
+    ParametersSet,
+    Pause,
+    Ready,
+    Saved,
+    SetParameters,
+)
 from tests.trainer.conftest import Jobs, RecordingLine, curve
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
@@ -188,6 +199,19 @@ def test_where_many_rows_had_fitted_a_fresh_process_takes_as_many_again(jobs: Jo
     # So not even the masks are others.
     assert curve(left, again) == curve(untouched)
     assert again.last.weights_hash == untouched.last.weights_hash
+
+
+def test_a_fresh_process_takes_no_more_rows_than_the_user_asked_for(jobs: Jobs) -> None:
+    asked = SetParameters(Parameters(batch_size=2, gradient_accumulation_steps=2))
+    with device() as small:
+        small.once_in = {
+            15,
+            16,
+            17,
+        }  # in the sixth step, of two micro-batches since the fourth: two, two again, one
+        left = jobs.run("job", {3: [asked]}, training={"max_steps": 8})
+    assert left.last == Left("fresh_process", 5)
+    assert [said.parameters.batch_size for said in left.of(ParametersSet)] == [2, 1, 2]
 
 
 @contextlib.contextmanager
