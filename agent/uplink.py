@@ -263,7 +263,7 @@ class JournalUplink:
             return
         if message.offer is None:
             logger.warning(
-                "the backend wants {} of {}, which was never offered", message.want, message.job_id
+                "job {}: {} is wanted of it, and it was never offered", message.job_id, message.want
             )
             return
         if message.want == "cancel":
@@ -332,9 +332,8 @@ class JournalUplink:
         known = await self._desk.ledger.journal.write(lambda tx: tx.command_begin(message.command_id))
         if known is not None:
             # Begun before: the answer was lost, or a crash fell between and nobody knows.
-            answer = (
-                decode_record(known) if known else CommandDone(self._clock(), message.command_id, "unknown")
-            )
+            unknown = CommandDone(self._clock(), message.command_id, "unknown")
+            answer = decode_record(known) if known else unknown
             if isinstance(answer, CommandDone):
                 await self._desk.append("", Lane.CONTROL, [answer])
             return
@@ -351,10 +350,11 @@ class JournalUplink:
         try:
             kind = CommandKind(message.kind)
         except ValueError:
-            return CommandDone(
-                now, message.command_id, "refused", f'This agent does not know "{message.kind}".'
-            )
+            why = f'This agent does not know "{message.kind}".'
+            return CommandDone(now, message.command_id, "refused", why)
         try:
+            if (job := self._desk.jobs.get(message.job_id)) is not None and not job.from_backend:
+                raise NotPossible(f"Job {job.job_id} was given to this agent by its owner.")
             if kind is CommandKind.RETRY:
                 checkpoint = str(message.args.get("checkpoint", ""))
                 accept = bool(message.args.get("accept_changes", 0))
@@ -377,9 +377,8 @@ class JournalUplink:
         except (NotPossible, UnknownJob, ValueError, OverflowError) as error:
             return CommandDone(now, message.command_id, "refused", str(error))
         except OSError as error:
-            return CommandDone(
-                now, message.command_id, "refused", f"The job's log cannot be read: {error.strerror}."
-            )
+            why = f"The job's log cannot be read: {error.strerror}."
+            return CommandDone(now, message.command_id, "refused", why)
         return CommandDone(now, message.command_id, "done")
 
     def _with_token(self, job_id: str) -> Callable[[Tx], None]:

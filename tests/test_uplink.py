@@ -341,6 +341,12 @@ def test_a_backend_hears_nothing_of_a_job_that_is_not_its_own(tmp_path: Path) ->
             for version in (1, 2, 3, 3):
                 await uplink_of(desk).desired(Desired("mine", version, "run", None))
             assert await stored(desk, "mine") == []
+            # Nor can it steer one, whose id it may have guessed.
+            await uplink_of(desk).desired(Desired("mine", 9, "cancel", None))
+            await uplink_of(desk).commanded(Command("c-1", "retry", "mine"))
+            assert desk.job("mine") == mine
+            (done,) = [record for record in await stored(desk, "") if isinstance(record, CommandDone)]
+            assert (done.status, "by its owner" in done.detail) == ("refused", True)
 
     anyio.run(test)
 

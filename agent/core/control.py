@@ -78,8 +78,8 @@ def merged(old: Parameters, new: Parameters) -> Parameters:
 
 
 def desire(job: Job, desired: Desired, *, now: float) -> tuple[Job, list[Effect]]:
-    """Act on what the backend wants of a job it offered. An older version changes nothing."""
-    if desired.version <= job.observed:
+    """Act on what the backend wants of a job it offered. An older version changes nothing, nor does it an owner's job."""
+    if desired.version <= job.observed or not job.from_backend:
         return job, []
     want = Want(desired.want)
     job = msgspec.structs.replace(job, observed=desired.version)
