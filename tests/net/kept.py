@@ -118,7 +118,8 @@ def client(platform: Platform, within: float = 5.0) -> RestClient:
 def drain(
     rest: RestClient, store: Kept, settle: float = 0.0, within: float = 5.0, **more: Any
 ) -> PlatformDrain:
-    made = PlatformDrain(rest, store, settle=settle, within=within, **more)
+    # What the agent has to say to a job's user wakes nothing here, so that it is found at the next look.
+    made = PlatformDrain(rest, store, settle=settle, within=within, **{"look_every": 1.0, **more})
     made.aside = (0.02, 0.05)
     made.hurry()
     return made

@@ -332,7 +332,10 @@ def run_out_at_random(jobs: Jobs, pairs: Path, kind: str, seeds: range) -> None:
         same_within(line, plain, tolerance)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Starting workers takes the time of all the others; that they change no step is tried elsewhere (test_batches.py).
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind == "workers" else []) for kind in KINDS]
+)
 def test_memory_that_runs_out_at_random_places(kind: str, jobs: Jobs, pair_file: Path) -> None:
     run_out_at_random(jobs, pair_file, kind, range(1))
 
