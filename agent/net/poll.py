@@ -31,7 +31,7 @@ LISTED_AT_ONCE, LISTED_MOST = 100, 500
 NO_CONFIG = (
     "it was lost on the way, and the platform says a job's settings no second time. Start the job again."
 )
-UNREADABLE = (msgspec.MsgspecError, LookupError, TypeError, ValueError, OverflowError, RecursionError)
+NO_JOB = (msgspec.MsgspecError, LookupError, TypeError, ValueError, OverflowError, RecursionError)
 """What comes of an offer or an answer that is not what it should be."""
 
 
@@ -223,7 +223,7 @@ class Poller:
             if offered.get("listed") and "config" not in row:
                 raise LookupError(NO_CONFIG)
             await self._uplink.desired(wish_of(row, answer))
-        except UNREADABLE as error:
+        except NO_JOB as error:
             # It is ours by now, and nobody else will say what became of it.
             why = f"The backend's answer to this job's claim cannot be read: {error}"
             self._pass_over(job_id, why)
@@ -238,7 +238,7 @@ class Poller:
 
 
 def wish_of(offered: Mapping[str, Any], answer: Mapping[str, Any]) -> Desired:
-    """Return what a claimed job is as the socket would bring it. Raises one of `UNREADABLE`."""
+    """Return what a claimed job is as the socket would bring it. Raises one of `NO_JOB`."""
     config = offered.get("config")
     dataset = answer.get("dataset")
     offer = Offer(

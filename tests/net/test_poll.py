@@ -4,7 +4,6 @@ from typing import Any
 
 import anyio
 import pytest
-from starlette.requests import Request
 
 from agent.errors import AgentError
 from agent.net.client import RestError
@@ -12,21 +11,6 @@ from agent.net.poll import Poller
 from protocol.messages import Desired
 from tests.net.kept import AGENT, Kept, client
 from tests.support.platform import Platform
-
-LISTED = ("id", "status", "model_name", "dataset_path", "current_step", "started_at", "created_at")
-
-
-class Crowded(Platform):
-    """A platform whose list of jobs shows what the real one's does: without configs, the newest first, in pages."""
-
-    async def _get_jobs(self, request: Request) -> dict[str, Any]:
-        self._by_key(request)
-        query = request.query_params
-        rows = [row for row in self.rows.values() if query.get("status") in (None, row["status"])]
-        rows.sort(key=lambda row: str(row["created_at"]), reverse=True)
-        limit, offset = min(int(query.get("limit", 50)), 100), int(query.get("offset", 0))
-        page = [{name: row[name] for name in LISTED} for row in rows[offset : offset + limit]]
-        return {"jobs": page, "total": len(rows), "limit": limit, "offset": offset}
 
 
 async def _poll(platform: Platform, store: Kept, times: int = 1) -> list[float]:
@@ -68,7 +52,7 @@ CLOUD = {"started_at": "2026-01-01T00:00:00Z", "created_at": "2026-01-01"}
 
 
 def test_a_job_that_is_passed_over_does_not_block_those_behind_it() -> None:
-    with Crowded() as platform:
+    with Platform() as platform:
         store = Kept("none")
         # More than a page of them: a pod that died leaves its row for good.
         for _ in range(130):
@@ -83,7 +67,7 @@ def test_a_job_that_is_passed_over_does_not_block_those_behind_it() -> None:
 
 
 def test_a_job_that_is_held_already_blocks_none_behind_it() -> None:
-    with Crowded() as platform:
+    with Platform() as platform:
         store = Kept("none")
         held = platform.submit({}, created_at="2026-01-01")
         store.held[held] = store.held["none"]
@@ -95,7 +79,7 @@ def test_a_job_that_is_held_already_blocks_none_behind_it() -> None:
 
 @pytest.mark.parametrize("listed", ["page", "500", "odd"])
 def test_a_list_that_cannot_be_read_stops_no_poll(listed: str) -> None:
-    with Crowded() as platform:
+    with Platform() as platform:
         store = Kept("none")
         platform.submit({}, **CLOUD)
         if listed == "odd":
@@ -107,7 +91,7 @@ def test_a_list_that_cannot_be_read_stops_no_poll(listed: str) -> None:
 
 
 def test_a_listed_job_whose_claim_had_no_answer_fails_with_its_reason() -> None:
-    with Crowded() as platform:
+    with Platform() as platform:
         store = Kept("none")
         platform.submit({}, **CLOUD)
         job = platform.submit({"model": {"name": "m"}})

@@ -394,7 +394,7 @@ class Platform(Served):
     async def _get_jobs(self, request: Request) -> dict[str, Any]:
         self._by_key(request)
         wanted = request.query_params.get("status")
-        rows = [row for row in self.rows.values() if wanted in (None, row["status"])]
-        rows.sort(key=lambda row: str(row["created_at"]), reverse=True)
-        page, offset, limit = page_of(request, [{name: row[name] for name in LISTED} for row in rows], 50)
-        return {"jobs": page, "total": len(rows), "limit": limit, "offset": offset}
+        rows = sorted(self.rows.values(), key=lambda row: str(row["created_at"]), reverse=True)
+        shown = [{name: row[name] for name in LISTED} for row in rows if wanted in (None, row["status"])]
+        page, offset, limit = page_of(request, shown, 50, most=100)
+        return {"jobs": page, "total": len(shown), "limit": limit, "offset": offset}

@@ -168,7 +168,8 @@ LISTED = (
 """What the list of jobs shows of each."""
 
 
-def page_of(request: Request, rows: list[Any], usual: int) -> tuple[list[Any], int, int]:
+def page_of(request: Request, rows: list[Any], usual: int, most: int = 1 << 30) -> tuple[list[Any], int, int]:
     """Return what a reader asks for of ``rows``, and from where and how much that is."""
     limit, offset = (int(request.query_params.get(*one)) for one in (("limit", usual), ("offset", 0)))
+    limit = min(limit, most)
     return rows[offset:][:limit], offset, limit
